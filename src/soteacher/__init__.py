@@ -1,0 +1,1 @@
+"""Train teachers that teach: student-oriented teachers, knowledge distillation and honest statistics."""
