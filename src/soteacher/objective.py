@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 
 from soteacher.errors import InputError
+from soteacher.settings import Settings
 from soteacher.types import Step, Task
 
 StepT = TypeVar("StepT", bound=Step, contravariant=True)
@@ -75,7 +76,9 @@ class Term(Generic[StepT]):
 
     def __post_init__(self) -> None:
         if not self.weight > 0 or not math.isfinite(self.weight):
-            raise InputError(f"weight of {self.objective.name} must be positive, got {self.weight}; or leave the term out")
+            raise InputError(
+                f"weight of {self.objective.name} must be positive, got {self.weight}; or leave the term out"
+            )
 
     def weight_at(self, *, epoch: int, num_epochs: int) -> float:
         """Return the weight in force during an epoch; see :func:`ramp_factor`."""
@@ -84,15 +87,14 @@ class Term(Generic[StepT]):
 
 def weighted_losses(terms: Sequence[Term[StepT]], step: StepT) -> Tensor:
     """Return each term's weighted scalar, in the order of ``terms``: ``[len(terms)]``. The training loss is the sum."""
-    return torch.stack([
-        term.weight_at(epoch=step.epoch, num_epochs=step.num_epochs) * term.objective(step) for term in terms
-    ])
+    return torch.stack(
+        [term.weight_at(epoch=step.epoch, num_epochs=step.num_epochs) * term.objective(step) for term in terms]
+    )
 
 
-class ObjectiveConfig(BaseModel, ABC):
+class ObjectiveConfig(Settings, ABC):
     """Settings of one term of a loss: its weight and ramp, and what its objective needs. Subclasses are final."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     needs_teacher: ClassVar[bool] = False
     """Whether the objective reads a teacher."""
 

@@ -1,0 +1,1 @@
+"""Measurements of speed, run from the repository: ``python -m benchmarks.NAME``."""

@@ -1,0 +1,231 @@
+"""The command line's words as Python functions. All are importable from ``soteacher`` itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from soteacher.config import FileTeacher
+from soteacher.data import DataSet, EvaluationLoader, load_data
+from soteacher.errors import InputError
+from soteacher.export import Format, export_classifier
+from soteacher.models.classifier import Classifier, NetworkSpec
+from soteacher.models.weights import load_classifier
+from soteacher.networks import EVALUATION_BATCH, NetworkFactory, OnEvent, Study, find_network, load_teacher_file
+from soteacher.recipes import read_study
+from soteacher.studies import pick_device, run_study
+from soteacher.train.evaluate import evaluate as evaluate_classifier
+
+Model = str | nn.Module | Callable[[int, int], nn.Module]
+"""A network: by name, as a module (copied for each seed), or made by ``(num_classes, in_channels) -> module``."""
+Data = str | Mapping[str, Any]
+"""A data set: by its source's name, or with settings: ``{"source": "folder", "path": "flowers"}``."""
+
+
+def run(
+    study: str | Path | dict[str, Any],
+    out: str | Path,
+    *,
+    settings: Iterable[str] = (),
+    data_root: str | Path | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    workers: int | None = None,
+    networks: Mapping[str, Model] | None = None,
+    on_event: OnEvent | None = None,
+    on_download: Any = None,
+) -> dict[str, Any]:
+    """Run a whole study: train its teachers, distil its students, report.
+
+    Args:
+        study: a recipe's name, a YAML file, or a tree of settings.
+        out: the run's folder.
+        settings: ``path.to.field=value``, laid over the study.
+        networks: networks of your own, by the names that the study's ``model`` fields use.
+        data_root: where data sets lie.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        resume: go on in a folder that holds this run.
+        workers: networks trained side by side; by default one a core on a CPU.
+        on_event: called with each network's progress.
+        on_download: called with a download's progress.
+
+    Returns:
+        What ``results.json`` holds.
+
+    Raises:
+        InputError: something in the settings, the data or the folder cannot be used.
+    """
+    return run_study(
+        read_study(study, settings), Path(out), data_root=Path(data_root) if data_root else None, device=device,
+        resume=resume, workers=workers, factories={name: _factory(model) for name, model in (networks or {}).items()},
+        on_event=on_event, on_download=on_download,
+    )  # fmt: skip
+
+
+def teach(
+    model: Model,
+    data: Data,
+    out: str | Path,
+    *,
+    method: str = "soteacher",
+    seeds: Iterable[int] = (0,),
+    training: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train one teacher: a study of its own, in ``out/teachers/METHOD/seed0``.
+
+    Args:
+        model: the network.
+        data: the images.
+        out: the run's folder.
+        method: teacher method.
+        seeds: one teacher for each.
+        training: settings of :class:`~soteacher.train.config.TrainingConfig`.
+        options: as in :func:`run`.
+
+    Returns:
+        What ``results.json`` holds.
+    """
+    name, networks = _named(model, "teacher_network")
+    tree = {
+        "name": "teach", "data": _data_tree(data), "seeds": list(seeds), "training": dict(training or {}),
+        "teachers": {method: {"model": name, "method": method}},
+    }  # fmt: skip
+    return run(tree, out, networks=networks, **options)
+
+
+def distill(
+    teacher: str | Path,
+    model: Model,
+    data: Data,
+    out: str | Path,
+    *,
+    method: str = "kd",
+    teacher_model: Model | None = None,
+    seeds: Iterable[int] = (0,),
+    training: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Distil a teacher that exists into a student: a study of its own, in ``out/students/teacher-METHOD/seed0``.
+
+    Args:
+        teacher: a run folder, a network's folder, a ``model.safetensors`` or a foreign checkpoint.
+        model: the student's network.
+        data: the images.
+        out: the run's folder.
+        method: distillation method.
+        teacher_model: network of a foreign checkpoint.
+        seeds: one student for each.
+        training: settings of :class:`~soteacher.train.config.TrainingConfig`.
+        options: as in :func:`run`.
+
+    Returns:
+        What ``results.json`` holds.
+    """
+    name, networks = _named(model, "student_network")
+    source: dict[str, Any] = {"file": str(teacher)}
+    if teacher_model is not None:
+        source["model"], more = _named(teacher_model, "teacher_network")
+        networks |= more
+    tree = {
+        "name": "distill", "data": _data_tree(data), "seeds": list(seeds), "training": dict(training or {}),
+        "teachers": {"teacher": source}, "students": {method: {"model": name, "method": method}},
+    }  # fmt: skip
+    return run(tree, out, networks=networks, **options)
+
+
+def load(path: str | Path) -> Classifier:
+    """Return a trained classifier: it takes images ``[B, C, H, W]`` in [0, 1] and gives logits ``[B, K]``.
+
+    Args:
+        path: a run folder with one teacher, a network's folder or a ``model.safetensors``.
+    """
+    return load_classifier(find_network(Path(path)))[0].eval()
+
+
+def evaluate(
+    path: str | Path,
+    data: Data,
+    *,
+    model: str | None = None,
+    split: str = "test",
+    data_root: str | Path | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Return accuracy, NLL, ECE and the bins of the reliability diagram of a network on a data set.
+
+    Args:
+        path: as in :func:`distill`'s ``teacher``.
+        data: the images.
+        model: network of a foreign checkpoint.
+        split: ``test`` or ``train`` (without augmentation).
+        data_root: where data sets lie.
+        device: ``auto``, ``cpu`` or ``cuda``.
+    """
+    if split not in ("test", "train"):
+        raise InputError(f"unknown split {split!r}; known: test, train")
+    classifier, _, images = _network_and_data(path, data, model, data_root, device)
+    loader = EvaluationLoader(
+        getattr(images, split), batch_size=EVALUATION_BATCH, device=torch.device(pick_device(device))
+    )
+    return asdict(evaluate_classifier(classifier.to(pick_device(device)), loader))
+
+
+def export(
+    path: str | Path,
+    data: Data,
+    out: str | Path,
+    *,
+    form: Format = "onnx",
+    model: str | None = None,
+    data_root: str | Path | None = None,
+) -> float:
+    """Write a network for deployment, checked against PyTorch on images of a data set.
+
+    Args:
+        path: as in :func:`distill`'s ``teacher``.
+        data: real images for the check.
+        out: the ONNX file, or the folder for ``safetensors``.
+        form: ``onnx`` or ``safetensors``.
+        model: network of a foreign checkpoint.
+        data_root: where data sets lie.
+
+    Returns:
+        The largest difference of a logit from PyTorch's, relative to the largest logit.
+    """
+    classifier, network, images = _network_and_data(path, data, model, data_root, "cpu")
+    batch = next(iter(EvaluationLoader(images.test, batch_size=64, device=torch.device("cpu"))))
+    return export_classifier(classifier, network, batch.images, Path(out), form=form)
+
+
+def _network_and_data(
+    path: str | Path, data: Data, model: str | None, data_root: str | Path | None, device: str
+) -> tuple[Classifier, NetworkSpec, DataSet]:
+    source = {"file": str(path), "model": model}
+    study = read_study({"data": _data_tree(data), "teachers": {"teacher": source}})
+    images = load_data(study.data, Path(data_root) if data_root else None)
+    spec = study.teachers["teacher"]
+    assert isinstance(spec, FileTeacher)
+    return *load_teacher_file(Study(study, Path(), images, pick_device(device)), spec), images
+
+
+def _data_tree(data: Data) -> dict[str, Any]:
+    return {"source": data} if isinstance(data, str) else dict(data)
+
+
+def _named(model: Model, name: str) -> tuple[str, dict[str, Model]]:
+    return (model, {}) if isinstance(model, str) else (name, {name: model})
+
+
+def _factory(model: Model) -> NetworkFactory:
+    if isinstance(model, nn.Module):
+        return lambda num_classes, in_channels: deepcopy(model)  # noqa: ARG005 the module is what it is
+    if isinstance(model, str):
+        raise InputError(f"networks wants a module or a function that makes one, got the name {model!r}")
+    return model

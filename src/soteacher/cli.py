@@ -1,0 +1,321 @@
+"""The command line: words to settings, settings to a study, progress to the terminal.
+
+Nothing heavy is imported before a command is known, so that ``soteacher --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from soteacher.errors import InputError, InterruptedRunError
+
+app = typer.Typer(
+    help="Train teachers that teach: student-oriented teachers, knowledge distillation, honest statistics.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+recipes_app = typer.Typer(help="Whole studies by name.", no_args_is_help=True)
+methods_app = typer.Typer(help="Teacher and distillation methods.", no_args_is_help=True)
+data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(methods_app, name="methods")
+app.add_typer(data_app, name="data")
+
+
+class Device(str, Enum):
+    """Where networks are trained."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Form(str, Enum):
+    """What ``export`` writes."""
+
+    onnx = "onnx"
+    safetensors = "safetensors"
+
+
+Out = Annotated[Path, typer.Option("--out", help="The run's folder.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change one setting, e.g. training.epochs=30.")
+]
+Where = Annotated[Device, typer.Option("--device", help="Where to train.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on in a folder that holds this run.")]
+Workers = Annotated[int | None, typer.Option("--workers", min=1, help="Networks side by side; default: one a core.")]
+Root = Annotated[Path | None, typer.Option("--data-root", help="Where data sets lie; default: $SOTEACHER_DATA.")]
+Data = Annotated[str, typer.Option("--data", help="A source (see 'soteacher data list'), or a folder or .npz file.")]
+Seeds = Annotated[int, typer.Option("--seeds", min=1, help="How many seeds, from 0.")]
+Epochs = Annotated[int | None, typer.Option("--epochs", help="Passes over the training set.")]
+ForeignModel = Annotated[str | None, typer.Option("--teacher-model", help="Network of a foreign checkpoint.")]
+
+
+def main() -> None:
+    """Run the command line. Bad input ends in one line on standard error and exit status 2."""
+    try:
+        app()
+    except InputError as error:
+        _fail(str(error))
+    except InterruptedRunError as error:
+        print(f"soteacher: {error}", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _fail(f"the disk is full at {error.filename or 'the output folder'}; make room and go on with --resume")
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"soteacher: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+) -> None:
+    """Train teachers that teach: student-oriented teachers, knowledge distillation, honest statistics."""
+    if show:
+        from soteacher import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    study: Annotated[str, typer.Argument(help="A recipe's name or a YAML file.")],
+    out: Out,
+    settings: Set = None,
+    device: Where = Device.auto,
+    resume: Resume = False,
+    workers: Workers = None,
+    data_root: Root = None,
+) -> None:
+    """Run a whole study: train its teachers, distil its students, report."""
+    from soteacher import api
+
+    _study(
+        out,
+        lambda **shared: api.run(study, out, settings=settings or (), **shared),
+        device=device, resume=resume, workers=workers, data_root=data_root,
+    )  # fmt: skip
+
+
+@app.command()
+def teach(
+    model: Annotated[str, typer.Option("--model", help="The teacher's network.")],
+    data: Data,
+    out: Out,
+    method: Annotated[str, typer.Option("--method", help="Teacher method.")] = "soteacher",
+    epochs: Epochs = None,
+    seeds: Seeds = 1,
+    settings: Set = None,
+    device: Where = Device.auto,
+    resume: Resume = False,
+    workers: Workers = None,
+    data_root: Root = None,
+) -> None:
+    """Train a teacher for its students."""
+    from soteacher import api
+
+    _study(
+        out,
+        lambda **shared: api.teach(
+            model, _data(data), out, method=method, seeds=range(seeds), training=_training(epochs),
+            settings=settings or (), **shared,
+        ),
+        device=device, resume=resume, workers=workers, data_root=data_root,
+    )  # fmt: skip
+
+
+@app.command()
+def distill(
+    teacher: Annotated[Path, typer.Option("--teacher", help="A run folder, a model.safetensors or a checkpoint.")],
+    model: Annotated[str, typer.Option("--model", help="The student's network.")],
+    data: Data,
+    out: Out,
+    method: Annotated[str, typer.Option("--method", help="Distillation method.")] = "kd",
+    teacher_model: ForeignModel = None,
+    epochs: Epochs = None,
+    seeds: Seeds = 1,
+    settings: Set = None,
+    device: Where = Device.auto,
+    resume: Resume = False,
+    workers: Workers = None,
+    data_root: Root = None,
+) -> None:
+    """Distil a teacher that exists into a student."""
+    from soteacher import api
+
+    _study(
+        out,
+        lambda **shared: api.distill(
+            teacher, model, _data(data), out, method=method, teacher_model=teacher_model, seeds=range(seeds),
+            training=_training(epochs), settings=settings or (), **shared,
+        ),
+        device=device, resume=resume, workers=workers, data_root=data_root,
+    )  # fmt: skip
+
+
+@app.command()
+def evaluate(
+    network: Annotated[Path, typer.Argument(help="A run folder, a model.safetensors or a checkpoint.")],
+    data: Data,
+    model: Annotated[str | None, typer.Option("--model", help="Network of a foreign checkpoint.")] = None,
+    split: Annotated[str, typer.Option("--split", help="test or train.")] = "test",
+    device: Where = Device.auto,
+    data_root: Root = None,
+) -> None:
+    """Print accuracy, negative log-likelihood and calibration error of a network."""
+    from soteacher import api
+
+    figures = api.evaluate(network, _data(data), model=model, split=split, data_root=data_root, device=device.value)
+    typer.echo(f"accuracy  {100 * figures['accuracy']:.2f} %")
+    typer.echo(f"nll       {figures['nll']:.4f} nats")
+    typer.echo(f"ece       {figures['ece']:.4f}")
+
+
+@app.command()
+def export(
+    network: Annotated[Path, typer.Argument(help="A run folder, a model.safetensors or a checkpoint.")],
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", help="The .onnx file, or the folder for safetensors.")],
+    form: Annotated[Form, typer.Option("--format", help="What to write.")] = Form.onnx,
+    model: Annotated[str | None, typer.Option("--model", help="Network of a foreign checkpoint.")] = None,
+    data_root: Root = None,
+) -> None:
+    """Write a network for deployment, checked against PyTorch on real images."""
+    from soteacher import api
+
+    difference = api.export(network, _data(data), out, form=form.value, model=model, data_root=data_root)
+    typer.echo(f"{out}: agrees with PyTorch to {difference:.1e} of the largest logit on 64 test images")
+
+
+@app.command()
+def report(run_folder: Annotated[Path, typer.Argument(help="The run's folder.")]) -> None:
+    """Write results.json and the page of a run anew, from the networks that are finished."""
+    from soteacher.studies import report_again
+
+    _print_results(report_again(run_folder), run_folder)
+
+
+@app.command()
+def models() -> None:
+    """List the networks."""
+    from soteacher.models.zoo import network_names
+
+    for name in network_names():
+        typer.echo(name)
+    typer.echo("wrn_DEPTH_WIDTH, resnetDEPTH and resnetDEPTHx4 of other sizes; timm/NAME: every classifier of timm")
+
+
+@recipes_app.command("list")
+def list_recipes() -> None:
+    """List the recipes."""
+    from soteacher.recipes import recipe_description, recipe_names
+
+    _list([(name, recipe_description(name)) for name in recipe_names()])
+
+
+@recipes_app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(help="The recipe's name.")]) -> None:
+    """Print a recipe, to be edited and run as a file."""
+    from soteacher.recipes import recipe_text
+
+    typer.echo(recipe_text(name), nl=False)
+
+
+@methods_app.command("list")
+def list_methods() -> None:
+    """List the methods."""
+    from soteacher.objectives import methods
+
+    _list([(f"{method.name} ({method.role})", f"{method.title} {method.source}") for method in methods().values()])
+
+
+@methods_app.command("show")
+def show_method(name: Annotated[str, typer.Argument(help="The method's name.")]) -> None:
+    """Print a method's terms, their formulas and settings."""
+    from soteacher.objectives.describe import describe_method
+
+    typer.echo(describe_method(name))
+
+
+@data_app.command("list")
+def list_data() -> None:
+    """List the data sources."""
+    from soteacher.data import SOURCES
+
+    _list([(name, (source.__doc__ or "").strip().splitlines()[0]) for name, source in SOURCES.items()])
+
+
+@data_app.command("fetch")
+def fetch_data(
+    source: Annotated[str, typer.Argument(help="A source, or a folder or .npz file.")], data_root: Root = None
+) -> None:
+    """Fetch a data set where it is not there yet, check it, and say what is in it."""
+    from soteacher.data import load_data
+    from soteacher.recipes import read_study
+    from soteacher.terminal import DownloadBar
+
+    study = read_study({"data": _data(source), "students": {"alone": {"model": "resnet8", "method": "alone"}}})
+    with DownloadBar() as bar:
+        images = load_data(study.data, data_root, progress=bar)
+    typer.echo(
+        f"{images.name}: {images.train.num_examples} training and {images.test.num_examples} test images, "
+        f"{images.image_size} x {images.image_size} x {images.in_channels}, {images.num_classes} classes"
+    )
+
+
+def _study(
+    out: Path, start: Callable[..., dict[str, Any]], *, device: Device, resume: bool, workers: int | None,
+    data_root: Path | None,
+) -> None:  # fmt: skip
+    """Run a study under a progress display and print what came out."""
+    from soteacher.terminal import DownloadBar, ProgressDisplay
+
+    try:
+        with DownloadBar() as bar, ProgressDisplay(out) as display:
+            results = start(
+                device=device.value, resume=resume, workers=workers, data_root=data_root, on_event=display,
+                on_download=bar,
+            )  # fmt: skip
+    except InterruptedRunError:
+        raise InterruptedRunError(
+            f"stopped; the state is saved. Go on with the same command and --resume: {out}"
+        ) from None
+    _print_results(results, out)
+
+
+def _print_results(results: dict[str, Any], out: Path) -> None:
+    from soteacher.terminal import print_results
+
+    print_results(results, out)
+
+
+def _data(text: str) -> dict[str, Any]:
+    """Return a data set's settings: a source's name, or the path of a folder or of an .npz file."""
+    path = Path(text)
+    if path.suffix == ".npz":
+        return {"source": "npz", "path": text}
+    if path.is_dir() or len(path.parts) > 1:
+        return {"source": "folder", "path": text}
+    return {"source": text}
+
+
+def _training(epochs: int | None) -> dict[str, Any]:
+    return {} if epochs is None else {"epochs": epochs}
+
+
+def _list(rows: list[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        typer.echo(f"{name:<{width}}  {text}")

@@ -1,0 +1,259 @@
+"""A study as a tree of frozen settings, read from YAML: data, teachers, students, seeds, baseline, training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+
+from soteacher.data import DataConfig
+from soteacher.errors import InputError, unknown_name
+from soteacher.objective import ObjectiveConfig
+from soteacher.objectives import method as method_named
+from soteacher.objectives import objective_config
+from soteacher.settings import Settings, merge, parse
+from soteacher.train.config import Point, TrainingConfig, epochs_at
+from soteacher.train.logs import LoggerName
+
+ArmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.]*$")]
+TermSettings = dict[str, dict[str, Any] | None]
+
+
+class TrainedTeacher(Settings):
+    """A teacher trained in this study."""
+
+    model: str
+    """Network: a name that ``soteacher models`` lists, or ``timm/NAME``."""
+    method: str = "standard"
+    """Teacher method; it stands for the terms of the loss."""
+    terms: TermSettings = {}
+    """Settings of single terms over the method's own; ``null`` leaves a term out, a new name adds one."""
+    pretrained: bool = False
+    """Whether a timm network starts from its published weights."""
+    training: dict[str, Any] = {}
+    """Settings that differ from the study's ``training``."""
+
+
+class SavedTeacher(Settings):
+    """An earlier state of another teacher of the study: the early-stopped control."""
+
+    teacher: str = Field(alias="from")
+    """The teacher whose training is cut short."""
+    after: Point
+    """When: a share of its run (below 1), or a number of finished epochs."""
+
+
+class FileTeacher(Settings):
+    """A teacher that exists already."""
+
+    file: Path
+    """A run folder, a network's folder, a ``model.safetensors`` or a foreign checkpoint (``.pth``)."""
+    model: str | None = None
+    """Network of a foreign checkpoint, which does not say it itself."""
+
+
+class Student(Settings):
+    """A student, trained once from each of its teachers."""
+
+    model: str
+    """Network: a name that ``soteacher models`` lists, or ``timm/NAME``."""
+    method: str = "kd"
+    """Distillation method, or ``alone`` for a student without a teacher."""
+    terms: TermSettings = {}
+    """Settings of single terms over the method's own; ``null`` leaves a term out, a new name adds one."""
+    teachers: tuple[str, ...] | None = None
+    """Names of its teachers; by default every teacher of the study."""
+    baseline: str | None = None
+    """Arm that this student's arms are compared with, where it is not the study's."""
+    pretrained: bool = False
+    """Whether a timm network starts from its published weights."""
+    training: dict[str, Any] = {}
+    """Settings that differ from the study's ``training``."""
+
+
+def _teacher_kind(value: Any) -> str:
+    keys: Iterable[str] = value if isinstance(value, Mapping) else type(value).model_fields
+    return "file" if "file" in keys else "saved" if {"from", "teacher", "after"} & set(keys) else "trained"
+
+
+Teacher = Annotated[
+    Annotated[TrainedTeacher, Tag("trained")]
+    | Annotated[SavedTeacher, Tag("saved")]
+    | Annotated[FileTeacher, Tag("file")],
+    Discriminator(_teacher_kind),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One way to a student: the student, and the teacher it learns from."""
+
+    name: str
+    student: str
+    teacher: str | None
+    baseline: str | None
+
+
+class StudyConfig(Settings):
+    """A whole study: teachers x students x seeds, compared with a baseline arm."""
+
+    name: str = Field(default="study", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """The study's name; shown, never parsed."""
+    description: str = ""
+    """What it is for, in a sentence or two."""
+    data: DataConfig
+    """The images, by ``source``."""
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = (0, 1, 2)
+    """One teacher and one student per arm for each."""
+    baseline: str | None = None
+    """Student arm that the others are compared with, seed by seed."""
+    training: TrainingConfig = TrainingConfig()
+    """How every network is trained, where it says nothing else itself."""
+    teachers: dict[ArmName, Teacher] = {}
+    """The teachers by name."""
+    students: dict[ArmName, Student] = {}
+    """The students by name."""
+    logging: tuple[LoggerName, ...] = ("tensorboard",)
+    """Where the curves go besides the run's own files."""
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct_seeds(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if not seeds or len(set(seeds)) < len(seeds):
+            raise InputError(f"seeds must be at least one and all different, got {list(seeds)}")
+        return seeds
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StudyConfig:
+        if not self.teachers and not self.students:
+            raise InputError("a study needs at least one teacher or student, got none")
+        for name, teacher in self.teachers.items():
+            self._check_teacher(name, teacher)
+        for name, student in self.students.items():
+            self._check_student(name, student)
+        arms = {arm.name for arm in self.arms()}
+        for baseline in (self.baseline, *(student.baseline for student in self.students.values())):
+            if baseline is not None and baseline not in arms:
+                raise unknown_name("baseline arm", baseline, arms)
+        return self
+
+    def _check_teacher(self, name: str, teacher: TrainedTeacher | SavedTeacher | FileTeacher) -> None:
+        place = f"teachers.{name}"
+        if isinstance(teacher, TrainedTeacher):
+            self.training_of(teacher, place)
+            needing = [term for term, config in terms_of(teacher, place).items() if config.needs_teacher]
+            if needing:
+                raise InputError(f"{place}: {needing[0]} reads a teacher, and a teacher is trained without one")
+        elif isinstance(teacher, SavedTeacher):
+            source = self.teachers.get(teacher.teacher)
+            if not isinstance(source, TrainedTeacher):
+                trained = [key for key, value in self.teachers.items() if isinstance(value, TrainedTeacher)]
+                raise InputError(f"{place}.from: {unknown_name('trained teacher', teacher.teacher, trained)}")
+            try:
+                epochs_at(teacher.after, self.training_of(source).epochs)
+            except InputError as error:
+                raise InputError(f"{place}.after: {error}") from None
+
+    def _check_student(self, name: str, student: Student) -> None:
+        place = f"students.{name}"
+        self.training_of(student, place)
+        distils = any(config.needs_teacher for config in terms_of(student, place).values())
+        for teacher in student.teachers or ():
+            if teacher not in self.teachers:
+                raise InputError(f"{place}.teachers: {unknown_name('teacher', teacher, self.teachers)}")
+        if distils and not self.teachers_of(student):
+            raise InputError(f"{place}: the method {student.method} needs a teacher, and the study names none")
+        if not distils and student.teachers:
+            raise InputError(f"{place}.teachers: no term of the loss reads a teacher; leave teachers out")
+
+    def teachers_of(self, student: Student) -> tuple[str, ...]:
+        """Return the names of the teachers that a distilled student learns from."""
+        return tuple(self.teachers) if student.teachers is None else student.teachers
+
+    def arms(self) -> Iterator[Arm]:
+        """Yield the student arms: ``TEACHER-STUDENT`` where there is a teacher, else ``STUDENT``."""
+        for name, student in self.students.items():
+            baseline = student.baseline or self.baseline
+            if any(config.needs_teacher for config in terms_of(student).values()):
+                for teacher in self.teachers_of(student):
+                    arm = f"{teacher}-{name}"
+                    yield Arm(arm, name, teacher, None if arm == baseline else baseline)
+            else:
+                yield Arm(name, name, None, None if name == baseline else baseline)
+
+    def training_of(self, spec: TrainedTeacher | Student, place: str = "") -> TrainingConfig:
+        """Return how a network of the study is trained: the study's settings, and its own over them."""
+        merged = merge(self.training.model_dump(), spec.training)
+        return parse(TrainingConfig, merged, place=f"{place}.training" if place else "training")
+
+
+def terms_of(spec: TrainedTeacher | Student, place: str = "") -> dict[str, ObjectiveConfig]:
+    """Return the terms of a network's loss by name: its method's, with its own settings over them.
+
+    Raises:
+        InputError: an unknown method, objective or setting, a method of the other role, or no term left.
+    """
+    role: Literal["teacher", "student"] = "student" if isinstance(spec, Student) else "teacher"
+    try:
+        method = method_named(spec.method)
+    except InputError as error:
+        raise InputError(f"{place}.method: {error}" if place else str(error)) from None
+    if method.role != role:
+        raise InputError(f"{place}.method: {method.name} is a method for a {method.role}, wanted one for a {role}")
+    merged: dict[str, dict[str, Any]] = {name: dict(settings) for name, settings in method.terms.items()}
+    for name, settings in spec.terms.items():
+        if settings is None:
+            merged.pop(name, None)
+        else:
+            merged[name] = {**merged.get(name, {}), **settings}
+    if not merged:
+        raise InputError(f"{place}.terms: every term is left out, and a loss needs one")
+    terms: dict[str, ObjectiveConfig] = {}
+    for name, settings in merged.items():
+        try:
+            config = objective_config(name)
+        except InputError as error:
+            raise InputError(f"{place}.terms: {error}" if place else str(error)) from None
+        terms[name] = parse(config, settings, place=f"{place}.terms.{name}" if place else name)
+    return terms
+
+
+def to_yaml(config: StudyConfig) -> str:
+    """Return a study as YAML that reads back equal."""
+    tree = config.model_dump(mode="json", by_alias=True)
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120)
+
+
+def differences(old: StudyConfig, new: StudyConfig) -> list[str]:
+    """Return what keeps a study from going on in the folder of another: each changed key with both values.
+
+    More seeds, teachers and students are no obstacle: what is finished stays as it is.
+    """
+    before, after = (_flat(config.model_dump(mode="json", by_alias=True)) for config in (old, new))
+    for tree in (before, after):
+        tree.pop("description", None)
+    lines: list[str] = []
+    for key in [*before, *(key for key in after if key not in before)]:
+        if key == "seeds" and set(before[key]) <= set(after[key]):
+            continue
+        grown = key not in before and key.split(".")[0] in ("teachers", "students")
+        arm = ".".join(key.split(".")[:2])
+        if grown and not any(other.startswith(f"{arm}.") for other in before):
+            continue
+        if before.get(key, "nothing") != after.get(key, "nothing"):
+            lines.append(f"{key}: {before.get(key, 'nothing')} in the folder, {after.get(key, 'nothing')} now")
+    return lines
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

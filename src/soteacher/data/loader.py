@@ -1,0 +1,174 @@
+"""Batches of a split, on the training device.
+
+Nothing carries over from one batch to the next: order and views of an epoch follow from the seed and the epoch alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from soteacher.data.augment import AugmentConfig, apply_views, draw_views, to_unit_range
+from soteacher.data.dataset import ImageSplit
+from soteacher.data.folder_images import FolderImages
+from soteacher.errors import InputError
+from soteacher.randomness import generator
+from soteacher.types import Batch
+
+
+class TrainLoader:
+    """Shuffled, augmented batches of a training split; any epoch, from any batch on.
+
+    Images in memory are moved to the device once, as they are. Images in files are decoded anew in each epoch, by
+    worker processes; everything random happens on the device afterwards, so the number of workers changes nothing.
+
+    Args:
+        split: the training split.
+        batch_size: examples of a batch; the last one of an epoch is smaller where they do not come out even.
+        augment: random changes to the images.
+        seed: of order and views.
+        device: where batches are wanted.
+        workers: processes that decode images in files; 0: this one.
+
+    Raises:
+        InputError: ``batch_size`` is not positive or ``workers`` is negative.
+    """
+
+    def __init__(
+        self,
+        split: ImageSplit,
+        *,
+        batch_size: int,
+        augment: AugmentConfig,
+        seed: int,
+        device: torch.device | str,
+        workers: int = 0,
+    ) -> None:
+        self._images = _Images(split.images, batch_size=batch_size, device=torch.device(device), workers=workers)
+        self._labels = split.labels.to(device)
+        self._image_size = split.image_shape[1]
+        self._batch_size = batch_size
+        self._augment = augment
+        self._seed = seed
+        self._device = torch.device(device)
+
+    @property
+    def num_examples(self) -> int:
+        """Number of images of an epoch."""
+        return len(self._labels)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Number of batches of an epoch, the smaller last one included."""
+        return -(-self.num_examples // self._batch_size)
+
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[Batch]:
+        """Yield an epoch's batches.
+
+        Args:
+            epoch: from 0.
+            start: the batch to begin with, from 0; what follows is what it would be without a beginning in between.
+        """
+        order = torch.randperm(self.num_examples, generator=generator(self._seed, "order", epoch))
+        views = draw_views(
+            self._augment, self.num_examples, generator(self._seed, "augment", epoch), self._image_size
+        ).to(self._device)
+        batches = order.split(self._batch_size)[start:]
+        for rows, images in self._images.batches(batches):
+            yield Batch(
+                images=apply_views(images, views.select(rows), self._augment),
+                labels=self._labels[rows],
+                indices=rows,
+            )
+
+
+class EvaluationLoader:
+    """All examples of a split in order, as they are.
+
+    Args:
+        split: the split.
+        batch_size: examples of a batch; the last one may be smaller.
+        device: where batches are wanted.
+        workers: processes that decode images in files; 0: this one.
+
+    Raises:
+        InputError: ``batch_size`` is not positive or ``workers`` is negative.
+    """
+
+    def __init__(self, split: ImageSplit, *, batch_size: int, device: torch.device | str, workers: int = 0) -> None:
+        self._images = _Images(split.images, batch_size=batch_size, device=torch.device(device), workers=workers)
+        self._labels = split.labels.to(device)
+        self._batch_size = batch_size
+
+    @property
+    def num_examples(self) -> int:
+        """Number of images."""
+        return len(self._labels)
+
+    def __iter__(self) -> Iterator[Batch]:
+        rows_in_order = torch.arange(self.num_examples).split(self._batch_size)
+        for rows, images in self._images.batches(rows_in_order):
+            yield Batch(images=to_unit_range(images), labels=self._labels[rows], indices=rows)
+
+
+class _Images:
+    """Images of given rows on a device, wherever they come from."""
+
+    def __init__(self, images: Tensor | FolderImages, *, batch_size: int, device: torch.device, workers: int) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; wanted at least 1")
+        if workers < 0:
+            raise InputError(f"workers is {workers}; wanted at least 0")
+        self._images = images if isinstance(images, FolderImages) else images.to(device)
+        self._device = device
+        self._workers = workers
+
+    def batches(self, rows_of_batches: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield rows and images of every batch, both on the device."""
+        if isinstance(self._images, FolderImages):
+            yield from self._decoded(self._images, list(rows_of_batches))
+            return
+        for rows in rows_of_batches:
+            rows_on_device = rows.to(self._device)
+            yield rows_on_device, self._images.index_select(0, rows_on_device)
+
+    def _decoded(self, images: FolderImages, rows_of_batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        loader = DataLoader(
+            _Files(images),
+            batch_sampler=[rows.tolist() for rows in rows_of_batches],
+            num_workers=self._workers,
+            collate_fn=_stack,
+            pin_memory=self._device.type == "cuda",
+            generator=torch.Generator(),  # its own, or each epoch would draw from the process's random state
+        )
+        for rows, (decoded, problem) in zip(rows_of_batches, loader, strict=True):
+            if problem:
+                raise InputError(problem)
+            yield rows.to(self._device), decoded.to(self._device, non_blocking=True)
+
+
+class _Files(Dataset["Tensor | str"]):
+    """Decoded images, or why they could not be: an error raised in a worker would lose its one line on the way."""
+
+    def __init__(self, images: FolderImages) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        try:
+            return self._images.read(index)
+        except InputError as error:
+            return str(error)
+
+
+def _stack(items: list[Tensor | str]) -> tuple[Tensor, str]:
+    """Return a batch's images, and the first problem among them or an empty string."""
+    problems = [item for item in items if isinstance(item, str)]
+    if problems:
+        return torch.empty(0), problems[0]
+    return torch.stack([item for item in items if isinstance(item, Tensor)]), ""

@@ -1,0 +1,119 @@
+"""Every objective and every method by name: our own, and those that other packages add by Python entry points.
+
+Another package adds an objective or a method without a fork::
+
+    [project.entry-points."soteacher.objectives"]
+    my_term = "my_package.my_term:MyTermConfig"  # a subclass of soteacher.objective.ObjectiveConfig
+
+    [project.entry-points."soteacher.methods"]
+    my_method = "my_package.my_term:METHOD"  # a soteacher.objective.Method whose name is my_method
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from types import MappingProxyType
+from typing import Any
+
+from soteacher.errors import InputError, unknown_name
+from soteacher.objective import Method, ObjectiveConfig
+from soteacher.objectives.cross_entropy import CrossEntropyConfig
+from soteacher.objectives.student import alone, kd
+from soteacher.objectives.teacher import soteacher, soteacher_released, standard
+from soteacher.objectives.teacher.consistency import ConsistencyConfig
+from soteacher.objectives.teacher.consistency_released import ConsistencyReleasedConfig
+from soteacher.objectives.teacher.lipschitz import LipschitzConfig
+from soteacher.objectives.teacher.weight_l1 import WeightL1Config
+
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
+    "cross_entropy": CrossEntropyConfig,
+    "lipschitz": LipschitzConfig,
+    "weight_l1": WeightL1Config,
+    "consistency": ConsistencyConfig,
+    "consistency_released": ConsistencyReleasedConfig,
+    "kd": kd.KDConfig,
+}
+
+METHODS: dict[str, Method] = {
+    "standard": standard.METHOD,
+    "soteacher": soteacher.METHOD,
+    "soteacher_released": soteacher_released.METHOD,
+    "alone": alone.METHOD,
+    "kd": kd.METHOD,
+}
+
+
+@cache
+def objective_configs() -> Mapping[str, type[ObjectiveConfig]]:
+    """Return the settings class of every objective by name, ours first; plug-ins are read once.
+
+    Raises:
+        InputError: a plug-in cannot be loaded, is not an ``ObjectiveConfig``, or takes a name that is in use.
+    """
+    configs = dict(OBJECTIVES)
+    for name, package, config in _plugins("soteacher.objectives", configs):
+        if not (isinstance(config, type) and issubclass(config, ObjectiveConfig)):
+            raise InputError(f"objective {name!r} of package {package} must be a subclass of ObjectiveConfig")
+        configs[name] = config
+    return MappingProxyType(configs)
+
+
+@cache
+def methods() -> Mapping[str, Method]:
+    """Return every method by name, ours first; plug-ins are read once.
+
+    Raises:
+        InputError: a plug-in cannot be loaded, is not a ``Method`` of its entry point's name, or takes a name in use.
+    """
+    known = dict(METHODS)
+    for name, package, value in _plugins("soteacher.methods", known):
+        if not isinstance(value, Method):
+            raise InputError(f"method {name!r} of package {package} must be a Method, got {type(value).__name__}")
+        if value.name != name:
+            raise InputError(f"method {value.name!r} of package {package} has an entry point of another name: {name!r}")
+        known[name] = value
+    return MappingProxyType(known)
+
+
+def objective_config(name: str) -> type[ObjectiveConfig]:
+    """Return the settings class of one objective.
+
+    Raises:
+        InputError: no objective has that name.
+    """
+    configs = objective_configs()
+    if name not in configs:
+        raise unknown_name("objective", name, configs)
+    return configs[name]
+
+
+def method(name: str) -> Method:
+    """Return one method.
+
+    Raises:
+        InputError: no method has that name.
+    """
+    known = methods()
+    if name not in known:
+        raise unknown_name("method", name, known)
+    return known[name]
+
+
+def _plugins(group: str, taken: Mapping[str, object]) -> Iterator[tuple[str, str, Any]]:
+    """Yield name, package and value of a group's entry points; ``taken`` is looked at anew for each."""
+    kind = group.removeprefix("soteacher.").removesuffix("s")
+    for point in entry_points(group=group):
+        package = _package(point)
+        if point.name in taken:
+            raise InputError(f"{kind} {point.name!r} of package {package} takes a name that is in use")
+        try:
+            value = point.load()
+        except (ImportError, AttributeError) as error:
+            raise InputError(f"{kind} {point.name!r} of package {package} cannot be loaded: {error}") from error
+        yield point.name, package, value
+
+
+def _package(point: EntryPoint) -> str:
+    return point.dist.name if point.dist is not None else point.value

@@ -1,0 +1,1 @@
+"""Objectives and methods that train students, one a file."""

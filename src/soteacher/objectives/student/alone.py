@@ -1,0 +1,13 @@
+"""The control of every distillation: the student without a teacher."""
+
+from __future__ import annotations
+
+from soteacher.objective import Method
+
+METHOD = Method(
+    name="alone",
+    role="student",
+    title="The student trained on the labels alone, without a teacher",
+    source="the control",
+    terms={"cross_entropy": {}},
+)

@@ -1,0 +1,1 @@
+"""Objectives and methods that train teachers, one a file."""

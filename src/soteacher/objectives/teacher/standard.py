@@ -1,0 +1,13 @@
+"""The control of every teacher method: cross-entropy alone."""
+
+from __future__ import annotations
+
+from soteacher.objective import Method
+
+METHOD = Method(
+    name="standard",
+    role="teacher",
+    title="Cross-entropy alone, as teachers are usually trained",
+    source="the control",
+    terms={"cross_entropy": {}},
+)

@@ -1,0 +1,168 @@
+"""Networks side by side: each in a process of its own, so that small networks use all cores.
+
+Two small networks on one core each are faster than one after the other on two. The processes are started afresh
+(never forked from this one, never importing the caller's main module) and live through many networks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from soteacher.errors import InputError, InterruptedRunError
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One network to train, and what must be finished before."""
+
+    key: Hashable
+    message: dict[str, Any]
+    needs: Hashable | None = None
+
+
+class _Process:
+    """A worker process; its events go into the common queue, ended by ``None``."""
+
+    def __init__(self, command: Sequence[str], threads: int, log: IO[str], keep: int, events: queue.Queue[Any]) -> None:
+        self.busy: Work | None = None
+        environment = dict(os.environ) | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
+            pass_fds=(keep,),
+        )  # fmt: skip
+        threading.Thread(target=self._listen, args=(events,), daemon=True).start()
+
+    def _listen(self, events: queue.Queue[Any]) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            events.put((self, json.loads(line)))
+        self._process.wait()
+        events.put((self, None))
+
+    def send(self, work: Work) -> None:
+        assert self._process.stdin is not None
+        self.busy = work
+        self._process.stdin.write(json.dumps(work.message) + "\n")
+        self._process.stdin.flush()
+
+    def stop(self) -> None:
+        """Ask it to save its state and leave."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+
+    def end(self) -> int:
+        """Let it leave when it has nothing to do; return its exit status."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        return self._process.wait()
+
+
+def run_side_by_side(
+    works: Sequence[Work],
+    command: Sequence[str],
+    *,
+    workers: int,
+    threads: int,
+    log: Path,
+    keep: int,
+    on_event: Callable[[Hashable, dict[str, Any]], None],
+    should_stop: Callable[[], bool],
+) -> None:
+    """Train networks in worker processes, each as soon as what it needs is finished.
+
+    Args:
+        works: the networks, in the order in which they are wanted.
+        command: starts a worker, which reads a message a line and answers with events, one JSON a line:
+            ``{"event": "done"}``, ``"failed"`` (with ``message``), ``"stopped"``, or anything else for ``on_event``.
+        workers: how many processes.
+        threads: of arithmetic in each.
+        log: file that takes what the workers print.
+        keep: a file descriptor that they keep open: the run's lock.
+        on_event: called with a network's key and each of its events.
+        should_stop: asked several times a second; on yes every worker saves its state and leaves.
+
+    Raises:
+        InterruptedRunError: ``should_stop`` said yes.
+        InputError: a network cannot be trained; the others have saved their state.
+        RuntimeError: a worker died.
+    """
+    waiting, finished = list(works), set[Hashable]()
+    events: queue.Queue[Any] = queue.Queue()
+    failure: Exception | None = None
+    with log.open("a", encoding="utf-8") as stream:
+        alive = [_Process(command, threads, stream, keep, events) for _ in range(min(workers, len(works)))]
+        everyone = list(alive)
+        try:
+            while alive:
+                if failure is None and should_stop():
+                    failure = InterruptedRunError("stopped")
+                    _stop(alive)
+                if failure is None:
+                    _hand_out(waiting, alive, finished)
+                    if not waiting and not any(process.busy for process in alive):
+                        break
+                try:
+                    process, event = events.get(timeout=0.2)
+                except queue.Empty:
+                    continue
+                if event is None:
+                    alive.remove(process)
+                    if failure is None:
+                        failure = RuntimeError(f"the process that trained {_name(process)} died; see {log}")
+                        _stop(alive)
+                    continue
+                if event["event"] == "done":
+                    finished.add(process.busy.key)
+                elif event["event"] == "failed" and failure is None:
+                    failure = InputError(f"{_name(process)}: {event['message']}")
+                    _stop(alive)
+                on_event(process.busy.key, event)
+                if event["event"] in ("done", "failed", "stopped"):
+                    process.busy = None
+        finally:
+            _stop([process for process in alive if process.busy])
+            for process in everyone:
+                process.end()
+    if failure is not None:
+        raise failure
+
+
+def _hand_out(waiting: list[Work], alive: Sequence[_Process], finished: set[Hashable]) -> None:
+    for process in alive:
+        if process.busy:
+            continue
+        ready = next((work for work in waiting if work.needs is None or work.needs in finished), None)
+        if ready is None:
+            return
+        waiting.remove(ready)
+        process.send(ready)
+
+
+def _stop(processes: Sequence[_Process]) -> None:
+    for process in processes:
+        process.stop()
+
+
+def _name(process: _Process) -> str:
+    return "/".join(map(str, process.busy.message.values())) if process.busy else "nothing"
+
+
+def default_workers(cores: int, networks: int, device: str) -> Mapping[str, int]:
+    """Return how many networks are trained side by side and with how many threads each.
+
+    Args:
+        cores: of this machine.
+        networks: of the study.
+        device: ``cpu`` or ``cuda``; on one GPU the networks follow one another.
+    """
+    workers = 1 if device == "cuda" else max(1, min(cores, networks))
+    return {"workers": workers, "threads": max(1, cores // workers)}

@@ -1,0 +1,131 @@
+"""The page ``report.html``: one file that shows a whole run, without network access or scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from soteacher.files import write_text
+from soteacher.report.charts import Chart, accuracy_chart, cost_chart, learning_curves, reliability_chart
+from soteacher.report.record import RunRecord, read_run
+from soteacher.report.tables import network_table, summary_sentence, summary_table, teacher_table
+
+
+def _plain(value: Any) -> str:
+    """Return a value of the configuration in words: ``key value`` pairs, nested ones in parentheses."""
+    if isinstance(value, Mapping):
+        return ", ".join(_pair(str(key), part) for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_plain(part) for part in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _pair(key: str, value: Any) -> str:
+    """Return one setting in words; a nested one with its own settings in parentheses."""
+    name, text = key.replace("_", " "), _plain(value)
+    if value is None:  # a term of the method that this arm leaves out
+        return f"without {name}"
+    if isinstance(value, Mapping | list | tuple):
+        return f"{name} ({text})" if text else name
+    return f"{name} {text}"
+
+
+def run_facts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what was run, as label and text, from the configuration. What it does not name is left out.
+
+    Args:
+        config: what ``config.yaml`` holds.
+    """
+    sections: list[tuple[str, Any]] = [("Data", config.get("data"))]
+    for role in ("teacher", "student"):
+        sections += [(f"{role.capitalize()} {arm}", part) for arm, part in (config.get(f"{role}s") or {}).items()]
+    sections += [(key.capitalize(), config.get(key)) for key in ("training", "seeds", "baseline")]
+    facts: list[tuple[str, str]] = []
+    for label, section in sections:
+        if isinstance(section, Mapping):
+            section = {key: part for key, part in section.items() if part not in (None, {}, [])}
+        if section not in (None, {}, []):
+            facts.append((label, _plain(section)))
+    return facts
+
+
+def provenance(record: RunRecord) -> str:
+    """Return one line that says when, with which version and where the results were made."""
+    results = record.results
+    parts = [f"Results of {record.results_time:%Y-%m-%d %H:%M} UTC"] if record.results_time else []
+    if version := results.get("soteacher_version"):
+        parts.append(f"soteacher {version}")
+    parts += [_pair(key, value) for key, value in (results.get("environment") or {}).items() if value is not None]
+    return "; ".join(parts)
+
+
+def _curves(record: RunRecord) -> dict[str, list[Chart]]:
+    """Return each role's chart of learning curves, in a list that is empty if no network of the role has any."""
+    charts: dict[str, list[Chart]] = {"teacher": [], "student": []}
+    for role in ("teacher", "student"):
+        arms = {
+            arm: [network for network in networks if network.epochs]
+            for arm, networks in record.of_role(role).items()
+            if any(network.epochs for network in networks)
+        }
+        if arms:
+            charts[role].append(learning_curves(role, arms))
+    return charts
+
+
+def _context(record: RunRecord) -> dict[str, Any]:
+    """Return everything that the template names."""
+    results, config = record.results, record.config
+    rows, summary = results.get("rows", []), results.get("summary", [])
+    baselines = {entry["baseline"] for entry in summary}
+    curves = _curves(record)
+    reliable = {arm: group for arm, group in record.of_role("teacher").items() if any(one.reliability for one in group)}
+    return {
+        "title": results.get("recipe") or config.get("name") or "run",
+        "description": config.get("description"),
+        "provenance": provenance(record),
+        "finished": record.finished,
+        "num_done": len(rows),
+        "compared": [
+            {"reason": summary_sentence(entry).removesuffix(entry["verdict"]), "verdict": entry["verdict"]}
+            for entry in summary
+            if entry["baseline"] is not None
+        ],
+        "uncompared": [
+            summary_sentence(entry) + (" (baseline)" if entry["arm"] in baselines else "")
+            for entry in summary
+            if entry["baseline"] is None
+        ],
+        "facts": run_facts(config),
+        "summary": summary_table(results),
+        "student_charts": [*([accuracy_chart(summary, rows)] if summary else []), *curves["student"]],
+        "teachers": teacher_table(record),
+        "teacher_charts": curves["teacher"],
+        "reliability_charts": [reliability_chart(place, arm, reliable[arm]) for place, arm in enumerate(reliable)],
+        "cost_charts": [cost_chart(rows)] if any(row.get("train_seconds") is not None for row in rows) else [],
+        "networks": network_table(record),
+        "style": resources.files("soteacher.report").joinpath("page.css").read_text(encoding="utf-8"),
+    }
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write ``report.html`` into a run's folder and return its path.
+
+    The page is made from the files in the folder alone and is the same, byte for byte, whenever they are. A run that is
+    not finished gives a page of what is there.
+
+    Raises:
+        InputError: the folder holds no run, or a file in it cannot be read.
+    """
+    from jinja2 import Environment, StrictUndefined  # imported here, as matplotlib is: only reports need them
+
+    record = read_run(run_folder)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = resources.files("soteacher.report").joinpath("page.html").read_text(encoding="utf-8")
+    path = run_folder / "report.html"
+    write_text(path, environment.from_string(template).render(_context(record)).lstrip())
+    return path

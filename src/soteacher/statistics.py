@@ -1,0 +1,146 @@
+"""Honest statistics over seeds: intervals of means, paired differences and the verdict they allow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any, Literal
+
+from soteacher.errors import InputError
+
+Interval = tuple[float, float]
+Verdict = Literal["better", "worse", "inconclusive"]
+
+MIN_VERDICT_SEEDS = 3
+"""Paired seeds below which no difference is called better or worse."""
+
+
+def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> tuple[float, Interval | None]:
+    r"""Return the mean and its Student-t interval.
+
+    .. math:: \bar{x} \pm t_{n-1}\bigl((1 + c) / 2\bigr) \, s / \sqrt{n}
+
+    with :math:`s` the sample standard deviation. The interval covers the mean that more seeds would approach; it is
+    None for a single value, which says nothing of the spread, and has no width where all values are equal.
+
+    Args:
+        values: at least one finite number.
+        confidence: :math:`c`, in (0, 1).
+
+    Raises:
+        InputError: no values, a value that is not finite, or a confidence outside (0, 1).
+    """
+    if not values:
+        raise InputError("got no values to average; wanted at least one")
+    if not all(math.isfinite(value) for value in values):
+        raise InputError(f"values must be finite, got {list(values)}")
+    if not 0 < confidence < 1:
+        raise InputError(f"confidence must lie in (0, 1), got {confidence}")
+    mean = fmean(values)
+    if len(values) < 2:
+        return mean, None
+    from scipy.stats import t  # imported here: it takes long, and single runs need no interval
+
+    half_width = float(t.ppf((1 + confidence) / 2, df=len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return mean, (mean - half_width, mean + half_width)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairedDifference:
+    """What an arm gained over its baseline, seed by seed."""
+
+    seeds: tuple[int, ...]
+    """The seeds that both have, in rising order."""
+    mean: float | None
+    """Mean over the seeds of the arm's value minus the baseline's; None without a common seed."""
+    ci95: Interval | None
+    """95 % Student-t interval of the mean; None with fewer than two seeds."""
+
+
+def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> PairedDifference:
+    """Return the mean difference over the seeds that both have, and its 95 % interval.
+
+    What two networks of one seed share (the split, the order of the examples) cancels in their difference, so the
+    interval is that of a paired t-test.
+
+    Args:
+        values: seed to value of the arm.
+        baseline: seed to value of the baseline.
+    """
+    seeds = tuple(sorted(values.keys() & baseline.keys()))
+    if not seeds:
+        return PairedDifference(seeds=(), mean=None, ci95=None)
+    mean, interval = mean_interval([values[seed] - baseline[seed] for seed in seeds])
+    return PairedDifference(seeds=seeds, mean=mean, ci95=interval)
+
+
+def verdict(difference: PairedDifference) -> Verdict:
+    """Return what a difference allows to say.
+
+    ``better`` or ``worse`` needs a 95 % interval that excludes 0, from at least 3 paired seeds.
+    """
+    if difference.ci95 is None or len(difference.seeds) < MIN_VERDICT_SEEDS:
+        return "inconclusive"
+    lower, upper = difference.ci95
+    if lower > 0:
+        return "better"
+    return "worse" if upper < 0 else "inconclusive"
+
+
+def _accuracies(rows: Sequence[dict[str, Any]], role: str) -> dict[str, dict[int, float]]:
+    """Return last-epoch accuracies as arm to seed to value, arms in the order of their first row."""
+    arms: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if row["role"] != role:
+            continue
+        seeds = arms.setdefault(row["arm"], {})
+        if row["seed"] in seeds:
+            raise InputError(f"{role} {row['arm']!r} has two rows of seed {row['seed']}; wanted one per seed")
+        seeds[row["seed"]] = row["accuracy_last"]
+    return arms
+
+
+def summarise(rows: Sequence[dict[str, Any]], baselines: Mapping[str, str | None]) -> list[dict[str, Any]]:
+    """Return one entry per student arm, in the order of first appearance: its accuracy and its gain over its baseline.
+
+    Everything is computed from ``accuracy_last``. An arm without a baseline, such as the baseline itself, has None for
+    ``baseline``, ``difference_mean``, ``difference_ci95`` and ``verdict``. The teacher's mean is over all its seeds.
+
+    Args:
+        rows: the rows of ``results.json``, teachers and students.
+        baselines: student arm to the arm that it is compared with, or None.
+
+    Raises:
+        InputError: two rows of one role, arm and seed.
+    """
+    teachers, students = _accuracies(rows, "teacher"), _accuracies(rows, "student")
+    first: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["role"] == "student":
+            first.setdefault(row["arm"], row)
+    summary: list[dict[str, Any]] = []
+    for arm, accuracies in students.items():
+        mean, interval = mean_interval(list(accuracies.values()))
+        teacher_arm = first[arm]["teacher_arm"]
+        baseline = baselines.get(arm)
+        compared = baseline is not None and baseline != arm
+        difference = paired_difference(accuracies, students.get(baseline or "", {})) if compared else None
+        summary.append(
+            {
+                "arm": arm,
+                "teacher_arm": teacher_arm,
+                "method": first[arm]["method"],
+                "model": first[arm]["model"],
+                "seeds": sorted(accuracies),
+                "accuracy_mean": mean,
+                "accuracy_ci95": list(interval) if interval else None,
+                "teacher_accuracy_mean": fmean(teachers[teacher_arm].values()) if teacher_arm in teachers else None,
+                "baseline": baseline if compared else None,
+                "difference_mean": difference.mean if difference else None,
+                "difference_ci95": list(difference.ci95) if difference and difference.ci95 else None,
+                "verdict": verdict(difference) if difference else None,
+            }
+        )
+    return summary

@@ -1,0 +1,250 @@
+"""A study: from its settings to trained teachers and students, results and the page.
+
+:func:`run_study` reads from top to bottom; what happens to each network is in ``networks.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+import soteacher
+from soteacher.config import FileTeacher, SavedTeacher, StudyConfig, terms_of
+from soteacher.data import EvaluationLoader, load_data
+from soteacher.errors import InputError
+from soteacher.files import read_json, write_json
+from soteacher.models.taps import Tapped, resolve_taps
+from soteacher.networks import (
+    Job,
+    NetworkFactory,
+    OnEvent,
+    Study,
+    jobs_of,
+    load_teacher_file,
+    new_classifier,
+    task_of,
+    train_network,
+)
+from soteacher.pool import Work, default_workers, run_side_by_side
+from soteacher.report import write_report
+from soteacher.run_folder import LOG, STATE, claim, locked, network_folder, read_config
+from soteacher.statistics import summarise
+
+SCHEMA = 1
+
+
+def run_study(
+    config: StudyConfig,
+    folder: Path,
+    *,
+    data_root: Path | None = None,
+    device: str = "auto",
+    resume: bool = False,
+    workers: int | None = None,
+    factories: Mapping[str, NetworkFactory] | None = None,
+    on_event: OnEvent | None = None,
+    on_download: Any = None,
+) -> dict[str, Any]:
+    """Train every network of a study that is not trained yet, and write ``results.json`` and ``report.html``.
+
+    Args:
+        config: the study.
+        folder: the run's folder; made, or gone on in with ``resume``.
+        data_root: where data sets lie; see :func:`soteacher.data.data_root`.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        resume: go on in a folder that holds this run.
+        workers: networks trained side by side; by default one a core on a CPU, one on a GPU.
+        factories: networks of the caller's own by name; they are trained in this process.
+        on_event: told of every network's progress.
+        on_download: told of a download's progress; see :func:`soteacher.data.load_data`.
+
+    Returns:
+        What ``results.json`` holds.
+
+    Raises:
+        InputError: something in the settings, the data or the folder cannot be used.
+        InterruptedRunError: Ctrl-C or SIGTERM; every network's state is saved.
+    """
+    device = pick_device(device)
+    study = Study(config, folder, load_data(config.data, data_root, progress=on_download), device, factories or {})
+    _check_networks(study)
+    plan = default_workers(os.cpu_count() or 1, len(jobs_of(config)), device)
+    if workers is not None:
+        plan = {"workers": workers, "threads": max(1, (os.cpu_count() or 1) // workers)}
+    if factories:
+        plan = {"workers": 1, "threads": os.cpu_count() or 1}
+    with locked(folder) as lock:
+        state = {"data_checksum": study.data.checksum, "device": device, **plan}
+        plan = claim(folder, config, state, resume=resume)  # a resumed run keeps its threads: they decide the last bit
+        waiting = {job: needed for job, needed in jobs_of(study.config).items() if not study.finished(job)}
+        report = on_event or _ignore
+        with stop_requested() as should_stop:
+            if plan["workers"] == 1 or len(waiting) == 1:
+                _run_here(study, waiting, threads=plan["threads"], on_event=report, should_stop=should_stop)
+            elif waiting:
+                _run_beside(study, waiting, plan, lock.fileno(), data_root, on_event=report, should_stop=should_stop)
+        return _write_results(config, folder, plan)
+
+
+def pick_device(device: str) -> str:
+    """Return ``cpu`` or ``cuda`` for a device's name.
+
+    Raises:
+        InputError: an unknown name, or a GPU that is not there.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"unknown device {device!r}; known: auto, cpu, cuda")
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise InputError("device cuda was asked for, and PyTorch finds no CUDA device here; use --device cpu")
+    return "cuda" if there and device != "cpu" else "cpu"
+
+
+def _run_here(
+    study: Study,
+    jobs: Mapping[Job, Job | None],
+    *,
+    threads: int,
+    on_event: OnEvent,
+    should_stop: Callable[[], bool],
+) -> None:
+    """Train networks one after the other in this process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for job in jobs:
+            train_network(study, job, on_event=on_event, should_stop=should_stop)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run_beside(
+    study: Study,
+    jobs: Mapping[Job, Job | None],
+    plan: Mapping[str, Any],
+    lock: int,
+    data_root: Path | None,
+    *,
+    on_event: OnEvent,
+    should_stop: Callable[[], bool],
+) -> None:
+    """Train networks side by side in worker processes."""
+    works = [Work(job, asdict(job), needed if needed in jobs else None) for job, needed in jobs.items()]
+    root = [] if data_root is None else ["--data-root", str(data_root)]
+    command = [
+        sys.executable, "-m", "soteacher.worker", str(study.folder), "--device", study.device,
+        "--threads", str(plan["threads"]), *root,
+    ]  # fmt: skip
+    run_side_by_side(
+        works,
+        command,
+        workers=plan["workers"],
+        threads=plan["threads"],
+        log=study.folder / LOG,
+        keep=lock,
+        on_event=lambda key, event: on_event(key, event),  # pyright: ignore[reportArgumentType] the keys are jobs
+        should_stop=should_stop,
+    )
+
+
+@contextmanager
+def stop_requested() -> Generator[Callable[[], bool], None, None]:
+    """Give a function that says whether Ctrl-C or SIGTERM has come. A second Ctrl-C ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        del frame
+        asked.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ignore(job: Job, event: dict[str, Any]) -> None:
+    del job, event
+
+
+@torch.no_grad()
+def _check_networks(study: Study) -> None:
+    """Build every network and show it two examples, so that what cannot work fails before anything is written."""
+    images = next(iter(EvaluationLoader(study.data.test, batch_size=2, device=torch.device("cpu")))).images
+    students = study.config.students.values()
+    specs = [*(spec for spec in study.config.teachers.values() if not isinstance(spec, SavedTeacher)), *students]
+    for spec in specs:
+        if isinstance(spec, FileTeacher):
+            classifier = load_teacher_file(study, spec)[0]
+            features = list[str]()
+        else:
+            classifier, _ = new_classifier(study, spec.model, pretrained=False)
+            terms = [config.build(task_of(study.data)) for config in terms_of(spec).values()]
+            features = sorted({name for term in terms for name in term.features})
+        logits, _ = Tapped(classifier.eval(), resolve_taps(classifier, features))(images)
+        if logits.shape[1] != study.data.num_classes:
+            raise InputError(f"{spec.model} gives {logits.shape[1]} logits for {study.data.num_classes} classes")
+
+
+def collect_results(config: StudyConfig, folder: Path, *, device: str, threads: int) -> dict[str, Any]:
+    """Return what ``results.json`` holds: the rows of all finished networks, and the summary of the student arms."""
+    paths = [network_folder(folder, job.role, job.arm, job.seed) / "model.json" for job in jobs_of(config)]
+    rows = [read_json(path)["row"] for path in paths if path.exists()]
+    return {
+        "schema": SCHEMA,
+        "soteacher_version": soteacher.__version__,
+        "recipe": config.name,
+        "environment": environment(device, threads),
+        "rows": rows,
+        "summary": summarise(rows, {arm.name: arm.baseline for arm in config.arms()}),
+    }
+
+
+def report_again(folder: Path) -> dict[str, Any]:
+    """Write ``results.json`` and the page of a run anew from the networks that are finished, also of a stopped run.
+
+    Raises:
+        InputError: the folder holds no run.
+    """
+    config, state = read_config(folder), read_json(folder / STATE)
+    return _write_results(config, folder, state)
+
+
+def _write_results(config: StudyConfig, folder: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    results = collect_results(config, folder, device=state["device"], threads=state["threads"])
+    write_json(folder / "results.json", results)
+    write_report(folder)
+    return results
+
+
+def environment(device: str, threads: int) -> dict[str, Any]:
+    """Return what the numbers depend on besides the settings."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
+        "threads": threads,
+        "commit": commit.stdout.strip() or None,
+    }

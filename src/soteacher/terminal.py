@@ -1,0 +1,145 @@
+"""What a run shows: bars on a terminal, plain lines in a pipe, and the same lines in the run's ``log.txt``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from soteacher.networks import Job
+from soteacher.report import summary_sentence, summary_table
+from soteacher.run_folder import LOG
+
+SECONDS_BETWEEN_LINES = 5.0
+"""In a pipe, a network's epochs are not told more often than this."""
+
+
+class ProgressDisplay:
+    """Takes the events of a study's networks; see :func:`soteacher.networks.train_network`."""
+
+    def __init__(self, run: Path) -> None:
+        self._run = run
+        self._console = Console()
+        self._log: TextIO | None = None
+        self._tasks: dict[Job, TaskID] = {}
+        self._told: dict[Job, float] = {}
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+
+    def __enter__(self) -> ProgressDisplay:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.stop()
+        if self._log is not None:
+            self._log.close()
+
+    def __call__(self, job: Job, event: dict[str, Any]) -> None:
+        """Show one event of one network."""
+        if event["event"] == "step":
+            self._step(job, event)
+        elif event["event"] == "epoch":
+            self._epoch(job, event)
+        elif event["event"] == "finished":
+            self._finished(job, event["row"])
+
+    def _step(self, job: Job, event: Mapping[str, Any]) -> None:
+        total = event["epochs"] * event["steps_per_epoch"]
+        if job not in self._tasks:
+            self._tasks[job] = self._bars.add_task(job.name, total=total, figures="")
+        figures = (
+            f"epoch {event['epoch'] + 1}/{event['epochs']}  loss {event['loss']:.3f}  "
+            f"accuracy {100 * event['accuracy']:.1f} %  {event['images_per_second']:,.0f} images/s"
+        )
+        done = event["epoch"] * event["steps_per_epoch"] + event["step"]
+        self._bars.update(self._tasks[job], completed=done, figures=figures)
+
+    def _epoch(self, job: Job, event: Mapping[str, Any]) -> None:
+        line = (
+            f"{job.name}: epoch {event['epoch'] + 1}/{event['epochs']}, loss {event['train_loss']:.3f}, "
+            f"accuracy {100 * event['train_accuracy']:.1f} % train, {100 * event['test_accuracy']:.1f} % test, "
+            f"{event['images_per_second']:,.0f} images/s"
+        )
+        now = time.monotonic()
+        seldom = now - self._told.get(job, 0.0) >= SECONDS_BETWEEN_LINES
+        if seldom and not self._console.is_terminal:
+            self._told[job] = now
+            print(line, flush=True)
+        self._write(line)
+
+    def _finished(self, job: Job, row: Mapping[str, Any]) -> None:
+        if job in self._tasks:
+            self._bars.remove_task(self._tasks.pop(job))
+        line = (
+            f"{job.name}: finished, test accuracy {100 * row['accuracy_last']:.2f} % "
+            f"(train {100 * row['train_accuracy']:.2f} %), {row['train_seconds']:.0f} s"
+        )
+        if self._console.is_terminal:
+            self._bars.console.print(line, highlight=False)
+        else:
+            print(line, flush=True)
+        self._write(line)
+
+    def _write(self, line: str) -> None:
+        if self._log is None:
+            self._log = (self._run / LOG).open("a", encoding="utf-8")
+        self._log.write(line + "\n")
+        self._log.flush()
+
+
+class DownloadBar:
+    """Takes a download's progress: name, bytes done, bytes in all (or ``None``)."""
+
+    def __init__(self) -> None:
+        self._console = Console()
+        self._bars = Progress(console=self._console, disable=not self._console.is_terminal, transient=True)
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> DownloadBar:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, name: str, done: int, total: int | None) -> None:
+        """Show how far a download has come."""
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(name, total=total)
+            if not self._console.is_terminal:
+                print(f"reading {name}", flush=True)
+        self._bars.update(self._tasks[name], completed=done, total=total)
+
+
+def print_results(results: dict[str, Any], run: Path) -> None:
+    """Print the table of a study, a sentence for each comparison, and where everything lies."""
+    console = Console(width=None if Console().is_terminal else 160)
+    teachers = [row for row in results["rows"] if row["role"] == "teacher"]
+    if results["summary"]:
+        table = summary_table(results)
+        rich_table = Table()
+        for column, numeric in zip(table.columns, table.numeric, strict=True):
+            rich_table.add_column(column, justify="right" if numeric else "left")
+        for row in table.rows:
+            rich_table.add_row(*row)
+        console.print(rich_table)
+        for entry in results["summary"]:
+            if entry["baseline"] is not None:
+                console.print(summary_sentence(entry), highlight=False, markup=False)
+    else:
+        for row in teachers:
+            accuracy = f"{100 * row['accuracy_last']:.2f} %"
+            console.print(f"{row['arm']}/seed{row['seed']}: test accuracy {accuracy}", highlight=False, markup=False)
+    console.print(f"report: {run / 'report.html'}", highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,137 @@
+"""How a network is trained: length, optimiser, schedule, precision."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from soteacher.errors import InputError
+from soteacher.settings import Settings
+
+Point = Annotated[float, Field(gt=0)]
+"""A point of a run: a share of it when below 1, otherwise a whole number of finished epochs."""
+
+
+def epochs_at(point: float, num_epochs: int) -> int:
+    """Return how many epochs are finished at a point of a run.
+
+    Args:
+        point: a share of the run in (0, 1), or a whole number of epochs from 1 to ``num_epochs``.
+        num_epochs: length of the run.
+
+    Raises:
+        InputError: the point is past the end, or neither a share nor a whole number.
+    """
+    if 0 < point < 1:
+        return max(1, math.floor(point * num_epochs + 0.5))
+    if point != int(point) or point < 1:
+        raise InputError(f"{point:g} is neither a share of the run below 1 nor a whole number of epochs")
+    if point > num_epochs:
+        raise InputError(f"{point:g} is past the end of {num_epochs} epochs")
+    return int(point)
+
+
+class SGDConfig(Settings):
+    """Stochastic gradient descent with momentum."""
+
+    name: Literal["sgd"] = "sgd"
+    learning_rate: float = Field(default=0.05, gt=0)
+    """Highest learning rate of the run."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Share of the earlier direction that is kept, in [0, 1)."""
+    nesterov: bool = False
+    """Whether to look ahead along the momentum."""
+    weight_decay: float = Field(default=5e-4, ge=0)
+    """Factor of the weights that is added to their gradient."""
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> SGDConfig:
+        if self.nesterov and self.momentum == 0:
+            raise InputError("nesterov needs a momentum above 0, got 0")
+        return self
+
+
+class AdamWConfig(Settings):
+    """Adam with decoupled weight decay."""
+
+    name: Literal["adamw"]
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Highest learning rate of the run."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay of the averages of the gradient and of its square."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """Factor of the weights taken off in every step, times the learning rate."""
+
+
+class MultiStepConfig(Settings):
+    """The learning rate falls by a factor at each milestone."""
+
+    name: Literal["multistep"] = "multistep"
+    milestones: tuple[Point, ...] = (150 / 240, 180 / 240, 210 / 240)
+    """When it falls: shares of the run (below 1) or whole epochs, rising."""
+    factor: float = Field(default=0.1, gt=0, le=1)
+    """What it is multiplied by."""
+    warmup_epochs: int = Field(default=0, ge=0)
+    """Epochs at the start during which it rises linearly, step by step."""
+
+
+class CosineConfig(Settings):
+    """The learning rate falls along half a cosine, step by step."""
+
+    name: Literal["cosine"]
+    final_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the highest learning rate that is left at the end."""
+    warmup_epochs: int = Field(default=0, ge=0)
+    """Epochs at the start during which it rises linearly, step by step."""
+
+
+class ConstantConfig(Settings):
+    """The learning rate stays."""
+
+    name: Literal["constant"]
+    warmup_epochs: int = Field(default=0, ge=0)
+    """Epochs at the start during which it rises linearly, step by step."""
+
+
+OptimizerConfig = Annotated[SGDConfig | AdamWConfig, Field(discriminator="name")]
+ScheduleConfig = Annotated[MultiStepConfig | CosineConfig | ConstantConfig, Field(discriminator="name")]
+
+
+class TrainingConfig(Settings):
+    """How a network is trained. The defaults are the standard CIFAR-100 recipe."""
+
+    epochs: int = Field(default=240, ge=1)
+    """Passes over the training set."""
+    batch_size: int = Field(default=64, ge=1)
+    """Examples in a step."""
+    optimizer: OptimizerConfig = SGDConfig()
+    """The optimiser and its settings, by ``name``: ``sgd`` or ``adamw``."""
+    schedule: ScheduleConfig = MultiStepConfig()
+    """The learning rate over the run, by ``name``: ``multistep``, ``cosine`` or ``constant``."""
+    gradient_clip: float | None = Field(default=None, gt=0)
+    """Largest norm of the whole gradient; larger ones are scaled down to it."""
+    precision: Literal["fp32", "bf16-mixed"] = "fp32"
+    """Arithmetic of the networks; the losses are always computed in float32."""
+    channels_last: bool = False
+    """Whether images and weights lie in memory with the channels last."""
+    compile: bool = False
+    """Whether the networks go through ``torch.compile``; needs a C++ compiler and pays back in long runs."""
+    save_every: int | None = Field(default=None, ge=1)
+    """Keep the weights of every so-manyth epoch, so that an earlier network can be the teacher."""
+
+    @model_validator(mode="after")
+    def _points_lie_in_the_run(self) -> TrainingConfig:
+        if isinstance(self.schedule, MultiStepConfig):
+            try:
+                milestones = [epochs_at(point, self.epochs) for point in self.schedule.milestones]
+            except InputError as error:
+                raise InputError(f"schedule.milestones: {error}") from None
+            if milestones != sorted(milestones):
+                raise InputError(f"schedule.milestones must rise, got {list(self.schedule.milestones)}")
+        if self.schedule.warmup_epochs >= self.epochs and self.schedule.warmup_epochs > 0:
+            raise InputError(
+                f"schedule.warmup_epochs must be below epochs ({self.epochs}), got {self.schedule.warmup_epochs}"
+            )
+        return self
