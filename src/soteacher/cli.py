@@ -238,13 +238,13 @@ def list_methods() -> None:
     """List the methods."""
     from soteacher.objectives import methods
 
-    _list([(f"{method.name} ({method.role})", f"{method.title} {method.source}") for method in methods().values()])
+    _list([(f"{method.name} ({method.role})", f"{method.title}. {method.source}") for method in methods().values()])
 
 
 @methods_app.command("show")
 def show_method(name: Annotated[str, typer.Argument(help="The method's name.")]) -> None:
     """Print a method's terms, their formulas and settings."""
-    from soteacher.objectives.describe import describe_method
+    from soteacher.method_pages import describe_method
 
     typer.echo(describe_method(name))
 

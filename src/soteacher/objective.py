@@ -6,13 +6,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from soteacher.errors import InputError
+from soteacher.errors import InputError, unknown_name
 from soteacher.settings import Settings
 from soteacher.types import Step, Task
 
@@ -32,10 +32,15 @@ def ramp_factor(ramp: Ramp, *, epoch: int, num_epochs: int) -> float:
         epoch: from 0.
         num_epochs: length of the run.
 
+    Raises:
+        InputError: there is no such ramp.
+
     Source: the linear ramp is exactly that of SoTeacher's recipe (Dong et al. 2024, arXiv:2206.06661), whose epochs
     count from 1; the shapes of the others are ours.
     """
     share = (epoch + 1) / num_epochs
+    if ramp not in get_args(Ramp):
+        raise unknown_name("ramp", ramp, get_args(Ramp))
     if ramp == "linear":
         return share
     if ramp == "cosine":

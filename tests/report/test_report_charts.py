@@ -103,3 +103,13 @@ def test_cost_chart_adds_up(make_run: Callable[..., Path]) -> None:
     # Two teachers and three students, seeds 0 and 1: 2 * (61.5 + 62.5) + 3 * (21.25 + 22.25) = 378.5.
     assert chart.caption == "Means over seeds. All 10 networks together took 378 seconds."
     assert {"62", "22"} <= set(_texts(chart))
+    # Without the teacher that was taken from the other's training: 378.5 - 61.5 - 62.5 = 254.5.
+    chart = cost_chart(record.results["rows"], earlier_states=["soteacher"])
+    assert chart.caption.startswith("Means over seeds. All 8 networks together took 254 seconds. Teachers that")
+
+
+def test_accuracy_chart_stays_within_what_is_possible(make_run: Callable[..., Path]) -> None:
+    record = read_run(make_run(seeds=1, num_epochs=1))
+    wide = [{**entry, "accuracy_ci95": [-3.0, 4.0]} for entry in record.results["summary"]]
+    ticks = [text for text in _texts(accuracy_chart(wide, record.results["rows"])) if re.fullmatch(r"\W?\d+", text)]
+    assert ticks == ["0", "20", "40", "60", "80", "100"]

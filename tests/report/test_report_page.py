@@ -61,6 +61,7 @@ def test_write_report_shows_the_whole_run(make_run: Callable[..., Path]) -> None
         "standard-kd: 84.10 % [83.67, 84.53] over 3 seeds (baseline)",
         "source fashion_mnist, train size 10000, test size 2000",
         "model wrn_40_2, method soteacher, terms (cross entropy, lipschitz, consistency)",
+        "Evaluated on 1,015 test images and 1,015 train images",
         "Student accuracy by arm",
         "Learning curves of the teachers",
         "Learning curves of the students",
@@ -143,6 +144,14 @@ def test_write_report_takes_missing_values(make_run: Callable[..., Path]) -> Non
     assert "Training time" not in _page(folder).text
 
 
+def test_write_report_counts_the_time_of_an_early_stopped_teacher_once(make_run: Callable[..., Path]) -> None:
+    folder = make_run(seeds=1, num_epochs=2)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("method: soteacher\n", "from: standard\n"))
+    # One teacher of 61.5 seconds and three students of 21.25.
+    assert "All 4 networks together took 125 seconds. Teachers that are earlier states" in _page(folder).text
+
+
 def test_write_report_refuses_another_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a run's folder"):
         write_report(tmp_path)
@@ -151,7 +160,7 @@ def test_write_report_refuses_another_folder(tmp_path: Path) -> None:
 
 def test_run_facts_puts_settings_into_words() -> None:
     config = {
-        "data": {"source": "folder", "path": None, "flip": True, "sizes": [32, 64]},
+        "data": {"source": "folder", "path": None, "flip": True, "cache": False, "sizes": [32, 64]},
         "teachers": {"soteacher": {"model": "wrn_40_2", "terms": {"lipschitz": {"weight": 1e-5}, "cross_entropy": {}}}},
         "students": {"alone": {"model": "wrn_16_1", "terms": {}}, "kd": {"terms": {"cross_entropy": None}}},
         "seeds": [0, 1],

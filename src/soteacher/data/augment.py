@@ -7,20 +7,19 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from soteacher.errors import InputError
+from soteacher.settings import Settings
 
 _ATTEMPTS = 10
 _ASPECT_RANGE = (3 / 4, 4 / 3)
 _AreaShare = Annotated[float, Field(gt=0, le=1)]
 
 
-class AugmentConfig(BaseModel):
+class AugmentConfig(Settings):
     """Which random changes training images undergo."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     crop_padding: int = Field(default=4, ge=0)
     """Black pixels added on every side before a crop of the original size is taken somewhere; 0: no such crop."""

@@ -6,21 +6,20 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from soteacher.data.augment import AugmentConfig
 from soteacher.data.dataset import DataSet, ImageSplit, channel_statistics, checksum_of, class_balanced_subset
 from soteacher.data.download import Progress
 from soteacher.errors import InputError
+from soteacher.settings import Settings
 
 SUBSET_SEED = 0
 """Seed of ``train_examples`` and ``test_examples``: a constant, so that all runs of a study see the same images."""
 
 
-class SourceConfig(BaseModel, ABC):
+class SourceConfig(Settings, ABC):
     """Settings that every source has. Subclasses are final and add ``source``, the name they are chosen by."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     train_examples: int | None = Field(default=None, gt=0)
     """Number of training images to use, a class-balanced subset that is always the same; None: all."""

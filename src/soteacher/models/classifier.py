@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from soteacher.errors import InputError
 from soteacher.models.zoo import build_network, timm_config
+from soteacher.settings import Settings
 
 
-class NetworkSpec(BaseModel):
+class NetworkSpec(Settings):
     """All that is needed to build a classifier again; kept beside its weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str
     """A name of the zoo."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from statistics import fmean
@@ -103,6 +103,8 @@ def accuracy_chart(summary: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[
             axes.plot([100 * entry["accuracy_mean"]], [place], "D", color=colour, markersize=7)
         axes.set_yticks(range(len(summary)), [entry["arm"] for entry in summary])
         axes.set_ylim(len(summary) - 0.45, -0.5)
+        left, right = axes.get_xlim()
+        axes.set_xlim(max(left, 0), min(right, 100.5))  # intervals from two seeds can reach beyond what is possible
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("test accuracy after the last epoch, %")
         title = "Student accuracy by arm"
@@ -142,7 +144,10 @@ def learning_curves(role: str, arms: Mapping[str, Sequence[NetworkRecord]]) -> C
         figure.legend(lines, list(arms), loc="outside upper center", ncols=2, handlelength=1.4)
         title = f"Learning curves of the {role}s"
         svg = _svg(figure, name=name, title=title)
-    caption = "Solid: test accuracy. Dashed: train accuracy. Thick lines are means over seeds, thin ones single seeds."
+    caption = (
+        "Solid: test accuracy. Dashed: accuracy on the training batches, as they were seen. "
+        "Thick lines are means over seeds, thin ones single seeds."
+    )
     return Chart(title=title, caption=caption, svg=svg)
 
 
@@ -186,8 +191,13 @@ def reliability_chart(index: int, arm: str, networks: Sequence[NetworkRecord]) -
     return Chart(title=title, caption=caption, svg=svg)
 
 
-def cost_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
-    """Return the training time of each arm's networks: the mean, with the run's total in the caption."""
+def cost_chart(rows: Sequence[Mapping[str, Any]], *, earlier_states: Collection[str] = ()) -> Chart:
+    """Return the training time of each arm's networks: the mean, with the run's total in the caption.
+
+    Args:
+        rows: the results' rows.
+        earlier_states: teacher arms that are earlier states of others, whose time the total must not count twice.
+    """
     arms: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         if row.get("train_seconds") is not None:
@@ -206,7 +216,9 @@ def cost_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
         axes.set_xlabel("seconds of training per network")
         title = "Training time by arm"
         svg = _svg(figure, name="cost", title=title)
-    total = sum(sum(seconds) for seconds in arms.values())
-    count = sum(len(seconds) for seconds in arms.values())
+    own = [seconds for (role, arm), seconds in arms.items() if role == "student" or arm not in earlier_states]
+    count, total = sum(map(len, own)), sum(map(sum, own))
     caption = f"Means over seeds. All {count} networks together took {total:,.0f} seconds."
+    if len(own) < len(arms):
+        caption += " Teachers that are earlier states of others are not counted again."
     return Chart(title=title, caption=caption, svg=svg)

@@ -35,7 +35,7 @@ def _pair(key: str, value: Any) -> str:
 
 
 def run_facts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what was run, as label and text, from the configuration. What it does not name is left out.
+    """Return what was run, as label and text, from the configuration. What is not set is left out.
 
     Args:
         config: what ``config.yaml`` holds.
@@ -47,10 +47,19 @@ def run_facts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts: list[tuple[str, str]] = []
     for label, section in sections:
         if isinstance(section, Mapping):
-            section = {key: part for key, part in section.items() if part not in (None, {}, [])}
+            section = {key: part for key, part in section.items() if part is not False and part not in (None, {}, [])}
         if section not in (None, {}, []):
             facts.append((label, _plain(section)))
     return facts
+
+
+def evaluated_on(record: RunRecord) -> list[tuple[str, str]]:
+    """Return how many images the networks were judged on, as label and text, from the first that tells."""
+    for network in record.networks:
+        sizes = {split: sum(part["count"] for part in bins) for split, bins in network.reliability.items()}
+        if sizes:
+            return [("Evaluated on", " and ".join(f"{size:,} {split} images" for split, size in sizes.items()))]
+    return []
 
 
 def provenance(record: RunRecord) -> str:
@@ -81,6 +90,8 @@ def _context(record: RunRecord) -> dict[str, Any]:
     """Return everything that the template names."""
     results, config = record.results, record.config
     rows, summary = results.get("rows", []), results.get("summary", [])
+    timed = any(row.get("train_seconds") is not None for row in rows)
+    earlier = [arm for arm, settings in (config.get("teachers") or {}).items() if "from" in (settings or {})]
     baselines = {entry["baseline"] for entry in summary}
     curves = _curves(record)
     reliable = {arm: group for arm, group in record.of_role("teacher").items() if any(one.reliability for one in group)}
@@ -100,13 +111,13 @@ def _context(record: RunRecord) -> dict[str, Any]:
             for entry in summary
             if entry["baseline"] is None
         ],
-        "facts": run_facts(config),
+        "facts": [*run_facts(config), *evaluated_on(record)],
         "summary": summary_table(results),
         "student_charts": [*([accuracy_chart(summary, rows)] if summary else []), *curves["student"]],
         "teachers": teacher_table(record),
         "teacher_charts": curves["teacher"],
         "reliability_charts": [reliability_chart(place, arm, reliable[arm]) for place, arm in enumerate(reliable)],
-        "cost_charts": [cost_chart(rows)] if any(row.get("train_seconds") is not None for row in rows) else [],
+        "cost_charts": [cost_chart(rows, earlier_states=earlier)] if timed else [],
         "networks": network_table(record),
         "style": resources.files("soteacher.report").joinpath("page.css").read_text(encoding="utf-8"),
     }

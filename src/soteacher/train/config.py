@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, model_validator
 
@@ -120,6 +121,17 @@ class TrainingConfig(Settings):
     """Whether the networks go through ``torch.compile``; needs a C++ compiler and pays back in long runs."""
     save_every: int | None = Field(default=None, ge=1)
     """Keep the weights of every so-manyth epoch, so that an earlier network can be the teacher."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_names(cls, value: Any) -> Any:
+        """Fill in the name of an optimiser or schedule of which only other settings are given."""
+        if isinstance(value, Mapping):
+            value = dict(cast("Mapping[str, Any]", value))
+            for key, name in (("optimizer", "sgd"), ("schedule", "multistep")):
+                if isinstance(value.get(key), Mapping):
+                    value[key] = {"name": name, **value[key]}
+        return value
 
     @model_validator(mode="after")
     def _points_lie_in_the_run(self) -> TrainingConfig:

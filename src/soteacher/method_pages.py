@@ -38,12 +38,13 @@ def _describe_term(name: str, config: ObjectiveConfig, settings: dict[str, Any])
     yield from (f"## {name}", "")
     module = inspect.getmodule(type(config))
     for function_name, function in vars(module).items():
-        if inspect.isfunction(function) and function.__module__ == type(config).__module__ and function_name[0] != "_":
+        ours = inspect.isfunction(function) and function.__module__ == type(config).__module__
+        if ours and not function_name.startswith("_"):
             yield from (f"### `{function_name}`", "", markdown(inspect.getdoc(function) or ""), "")
-    yield from ("| setting | here | default | meaning |", "|---|---|---|---|")
+    yield from ("| setting | in this method | default | meaning |", "|---|---|---|---|")
     for field_name, field in type(config).model_fields.items():
-        here = getattr(config, field_name) if field_name in settings else "default"
-        yield f"| `{field_name}` | {here} | {field.get_default(call_default_factory=False)} | {markdown(field.description or '')} |"
+        here = getattr(config, field_name) if field_name in settings else ""
+        yield f"| `{field_name}` | {here} | {field.default} | {markdown(field.description or '')} |"
     yield ""
 
 
@@ -59,4 +60,4 @@ def markdown(docstring: str) -> str:
 
 def _block(match: re.Match[str]) -> str:
     inner = " ".join(line.strip() for line in match[1].strip().splitlines())
-    return f"$$ {inner} $$\n"
+    return f"\n$$ {inner} $$\n"
