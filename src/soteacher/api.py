@@ -15,8 +15,9 @@ from soteacher.config import FileTeacher
 from soteacher.data import DataSet, EvaluationLoader, load_data
 from soteacher.errors import InputError
 from soteacher.export import Format, export_classifier
+from soteacher.files import read_json
 from soteacher.models.classifier import Classifier, NetworkSpec
-from soteacher.models.weights import load_classifier
+from soteacher.models.weights import FACTS_FILE, load_classifier, load_weights, read_weights
 from soteacher.networks import EVALUATION_BATCH, NetworkFactory, OnEvent, Study, find_network, load_teacher_file
 from soteacher.recipes import read_study
 from soteacher.studies import pick_device, run_study
@@ -120,7 +121,7 @@ def distill(
         data: the images.
         out: the run's folder.
         method: distillation method.
-        teacher_model: network of a foreign checkpoint.
+        teacher_model: network of a foreign checkpoint, or one of your own.
         seeds: one student for each.
         training: settings of :class:`~soteacher.train.config.TrainingConfig`.
         options: as in :func:`run`.
@@ -140,20 +141,27 @@ def distill(
     return run(tree, out, networks=networks, **options)
 
 
-def load(path: str | Path) -> Classifier:
+def load(path: str | Path, *, model: nn.Module | NetworkFactory | None = None) -> Classifier:
     """Return a trained classifier: it takes images ``[B, C, H, W]`` in [0, 1] and gives logits ``[B, K]``.
 
     Args:
         path: a run folder with one teacher, a network's folder or a ``model.safetensors``.
+        model: the network, where it is one of your own.
     """
-    return load_classifier(find_network(Path(path)))[0].eval()
+    weights = find_network(Path(path))
+    if model is None:
+        return load_classifier(weights)[0]
+    spec = NetworkSpec(**read_json(weights.parent / FACTS_FILE)["network"])
+    network = _factory(model)(spec.num_classes, spec.in_channels)
+    load_weights(network, read_weights(weights), source=str(weights))
+    return Classifier(network, mean=spec.mean, std=spec.std, input_size=spec.input_size).eval()
 
 
 def evaluate(
     path: str | Path,
     data: Data,
     *,
-    model: str | None = None,
+    model: Model | None = None,
     split: str = "test",
     data_root: str | Path | None = None,
     device: str = "auto",
@@ -163,7 +171,7 @@ def evaluate(
     Args:
         path: as in :func:`distill`'s ``teacher``.
         data: the images.
-        model: network of a foreign checkpoint.
+        model: network of a foreign checkpoint, or one of your own.
         split: ``test`` or ``train`` (without augmentation).
         data_root: where data sets lie.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -183,7 +191,7 @@ def export(
     out: str | Path,
     *,
     form: Format = "onnx",
-    model: str | None = None,
+    model: Model | None = None,
     data_root: str | Path | None = None,
 ) -> float:
     """Write a network for deployment, checked against PyTorch on images of a data set.
@@ -193,7 +201,7 @@ def export(
         data: real images for the check.
         out: the ONNX file, or the folder for ``safetensors``.
         form: ``onnx`` or ``safetensors``.
-        model: network of a foreign checkpoint.
+        model: network of a foreign checkpoint, or one of your own.
         data_root: where data sets lie.
 
     Returns:
@@ -205,14 +213,16 @@ def export(
 
 
 def _network_and_data(
-    path: str | Path, data: Data, model: str | None, data_root: str | Path | None, device: str
+    path: str | Path, data: Data, model: Model | None, data_root: str | Path | None, device: str
 ) -> tuple[Classifier, NetworkSpec, DataSet]:
-    source = {"file": str(path), "model": model}
+    name, networks = (None, {}) if model is None else _named(model, "network")
+    factories = {key: _factory(value) for key, value in networks.items()}
+    source = {"file": str(path), "model": name}
     study = read_study({"data": _data_tree(data), "teachers": {"teacher": source}})
     images = load_data(study.data, Path(data_root) if data_root else None)
     spec = study.teachers["teacher"]
     assert isinstance(spec, FileTeacher)
-    return *load_teacher_file(Study(study, Path(), images, pick_device(device)), spec), images
+    return *load_teacher_file(Study(study, Path(), images, pick_device(device), factories), spec), images
 
 
 def _data_tree(data: Data) -> dict[str, Any]:
@@ -226,6 +236,6 @@ def _named(model: Model, name: str) -> tuple[str, dict[str, Model]]:
 def _factory(model: Model) -> NetworkFactory:
     if isinstance(model, nn.Module):
         return lambda num_classes, in_channels: deepcopy(model)  # noqa: ARG005 the module is what it is
-    if isinstance(model, str):
-        raise InputError(f"networks wants a module or a function that makes one, got the name {model!r}")
+    if isinstance(model, str) or not callable(model):
+        raise InputError(f"a network of your own is a module or a function that makes one, got {model!r}")
     return model

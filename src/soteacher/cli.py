@@ -5,7 +5,6 @@ Nothing heavy is imported before a command is known, so that ``soteacher --help`
 
 from __future__ import annotations
 
-import errno
 import sys
 from collections.abc import Callable
 from enum import Enum
@@ -14,15 +13,19 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from soteacher.errors import InputError, InterruptedRunError
+from soteacher.errors import InputError, InterruptedRunError, WorkerDiedError
+from soteacher.files import unwritable
+
+UsageError: Any = typer.BadParameter.__mro__[1]
+"""What typer raises for words that are no command line of ours; releases of typer differ in the module it is in."""
 
 app = typer.Typer(
     help="Train teachers that teach: student-oriented teachers, knowledge distillation, honest statistics.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
-recipes_app = typer.Typer(help="Whole studies by name.", no_args_is_help=True)
-methods_app = typer.Typer(help="Teacher and distillation methods.", no_args_is_help=True)
-data_app = typer.Typer(help="Data sets.", no_args_is_help=True)
+recipes_app = typer.Typer(help="Whole studies by name.")
+methods_app = typer.Typer(help="Teacher and distillation methods.")
+data_app = typer.Typer(help="Data sets.")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(methods_app, name="methods")
 app.add_typer(data_app, name="data")
@@ -58,35 +61,46 @@ ForeignModel = Annotated[str | None, typer.Option("--teacher-model", help="Netwo
 
 
 def main() -> None:
-    """Run the command line. Bad input ends in one line on standard error and exit status 2."""
+    """Run the command line. Bad input ends in one line on standard error and exit status 2, a stopped run in 130."""
     try:
-        app()
+        status = app(standalone_mode=False)
+    except UsageError as error:
+        context = error.ctx
+        _fail(error.format_message().rstrip(".") + (f"; see '{context.command_path} --help'" if context else ""))
     except InputError as error:
         _fail(str(error))
+    except WorkerDiedError as error:
+        _fail(str(error), status=1)
     except InterruptedRunError as error:
-        print(f"soteacher: {error}", file=sys.stderr)
-        sys.exit(130)
+        _fail(str(error), status=130)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("stopped before there was anything to save", status=130)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        message = unwritable(error)
+        if message is None:
             raise
-        _fail(f"the disk is full at {error.filename or 'the output folder'}; make room and go on with --resume")
+        _fail(message)
+    sys.exit(status)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, *, status: int = 2) -> NoReturn:
     print(f"soteacher: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
 
 
 @app.callback(invoke_without_command=True)
-def version(
-    show: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+def start(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
 ) -> None:
     """Train teachers that teach: student-oriented teachers, knowledge distillation, honest statistics."""
-    if show:
+    if show_version:
         from soteacher import __version__
 
         typer.echo(__version__)
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()

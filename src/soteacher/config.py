@@ -53,7 +53,7 @@ class FileTeacher(Settings):
     file: Path
     """A run folder, a network's folder, a ``model.safetensors`` or a foreign checkpoint (``.pth``)."""
     model: str | None = None
-    """Network of a foreign checkpoint, which does not say it itself."""
+    """Network of a foreign checkpoint, which does not say it itself; a network of ours is known without."""
 
 
 class Student(Settings):
@@ -240,6 +240,8 @@ def differences(old: StudyConfig, new: StudyConfig) -> list[str]:
     for key in [*before, *(key for key in after if key not in before)]:
         if key == "seeds" and set(before[key]) <= set(after[key]):
             continue
+        if any(other.startswith(f"{key}.") for other in (before if key in after else after)):
+            continue  # an empty table on one side only: what the other holds is told key by key
         grown = key not in before and key.split(".")[0] in ("teachers", "students")
         arm = ".".join(key.split(".")[:2])
         if grown and not any(other.startswith(f"{arm}.") for other in before):

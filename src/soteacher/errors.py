@@ -1,4 +1,4 @@
-"""The one error that a user's input can cause."""
+"""The error that a user's input can cause, and the two ways in which a run ends too early."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ class InputError(ValueError):
 
 class InterruptedRunError(Exception):
     """Training was asked to stop (Ctrl-C or SIGTERM) and left a state that can be resumed."""
+
+
+class WorkerDiedError(Exception):
+    """A worker process ended without a word: killed from outside, for want of memory, or by a bug of ours."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InputError:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Generator
+import re
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -33,6 +38,40 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically; NaN and infinities are refused."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors atomically, as safetensors.
+
+    Args:
+        path: the file.
+        tensors: by name, contiguous and each with memory of its own.
+        metadata: text to keep beside them.
+
+    Raises:
+        OSError: as by any writing; the library itself tells of a full disk in words only.
+    """
+    from safetensors import SafetensorError  # imported here: it brings PyTorch, and the command line starts without
+    from safetensors.torch import save_file
+
+    with replacing(path) as part:
+        try:
+            save_file(dict(tensors), part, metadata=None if metadata is None else dict(metadata))
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+def unwritable(error: OSError) -> str | None:
+    """Return one line for an error of writing that the user can mend, ``None`` for any other."""
+    place = error.filename or "the output folder"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full at {place}; make room and go on with --resume"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{place} may not be written: {error.strerror}"
+    return None
 
 
 def read_json(path: Path) -> Any:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from soteacher.objective import ObjectiveConfig
+from soteacher.objective import Method, Objective, ObjectiveConfig
 from soteacher.objectives import method, objective_config
 
 
@@ -22,7 +22,7 @@ def describe_method(name: str) -> str:
     loss = " + ".join(f"{config.weight:g} `{term}`{_ramp(config)}" for term, config in configs.items())
     lines = [
         f"# {found.name}", "", f"{found.title}.", "", f"A {found.role}'s method. Source: {found.source}.", "",
-        f"Loss = {loss}", "",
+        f"Loss = {loss}", "", *_use(found), "",
     ]  # fmt: skip
     for term, config in configs.items():
         lines += _describe_term(term, config, found.terms[term])
@@ -33,29 +33,77 @@ def _ramp(config: ObjectiveConfig) -> str:
     return "" if config.ramp == "constant" else f" ({config.ramp} ramp)"
 
 
+def _use(found: Method) -> list[str]:
+    """Return how a study asks for the method, as a fenced block."""
+    model = "wrn_40_2" if found.role == "teacher" else "wrn_16_2"
+    return ["```yaml", f"{found.role}s:", f"  {found.name}: {{model: {model}, method: {found.name}}}", "```"]
+
+
 def _describe_term(name: str, config: ObjectiveConfig, settings: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines of one term: its functions' documentation and a table of its settings."""
+    """Yield the lines of one term: what it is for, its functions' documentation and a table of its settings."""
     yield from (f"## {name}", "")
-    module = inspect.getmodule(type(config))
-    for function_name, function in vars(module).items():
-        ours = inspect.isfunction(function) and function.__module__ == type(config).__module__
-        if ours and not function_name.startswith("_"):
-            yield from (f"### `{function_name}`", "", markdown(inspect.getdoc(function) or ""), "")
-    yield from ("| setting | in this method | default | meaning |", "|---|---|---|---|")
+    module = type(config).__module__
+    own = [value for value in vars(inspect.getmodule(type(config))).values() if _is_public_of(module, value)]
+    for value in own:
+        if inspect.isclass(value) and issubclass(value, Objective):
+            yield from (markdown(inspect.getdoc(value) or ""), "")
+    for value in own:
+        if inspect.isfunction(value):
+            yield from (f"### `{value.__name__}`", "", markdown(inspect.getdoc(value) or ""), "")
+    rows = [("setting", "in this method", "default", "meaning")]
     for field_name, field in type(config).model_fields.items():
-        here = getattr(config, field_name) if field_name in settings else ""
-        yield f"| `{field_name}` | {here} | {field.default} | {markdown(field.description or '')} |"
-    yield ""
+        here = str(getattr(config, field_name)) if field_name in settings else ""
+        default = "(needed)" if field.is_required() else str(field.get_default(call_default_factory=True))
+        rows.append((f"`{field_name}`", here, default, markdown(field.description or "").replace("|", r"\|")))
+    yield from (*_table(rows), "")
+
+
+def _is_public_of(module: str, value: Any) -> bool:
+    """Say whether a class or function is public and defined in a module, not imported into it."""
+    named = inspect.isclass(value) or inspect.isfunction(value)
+    return named and value.__module__ == module and not value.__name__.startswith("_")
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield the lines of a Markdown table whose columns stand below one another in a terminal too; row 0 heads it."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    for number, row in enumerate(rows):
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        yield f"| {' | '.join([*cells, row[-1]])} |"
+        if number == 0:
+            yield f"|{'|'.join(['-' * (width + 2) for width in widths] + ['---'])}|"
 
 
 def markdown(docstring: str) -> str:
-    """Return a docstring with its mathematics and roles as Markdown: ``$...$``, ``$$...$$`` and plain code."""
+    """Return a docstring as Markdown: see :func:`inline_markdown`; arguments and errors become lists."""
+    text = re.sub(
+        r"^(Args|Raises):\n((?:[ \t]+\S[^\n]*(?:\n|$)|\n(?=[ \t]))+)", _entries, docstring, flags=re.MULTILINE
+    )
+    text = re.sub(r"^(Args|Returns|Raises|Source):\s*", r"**\1.** ", text, flags=re.MULTILINE)
+    return inline_markdown(text).rstrip()
+
+
+def inline_markdown(docstring: str) -> str:
+    """Return a docstring with its mathematics as ``$...$`` and ``$$...$$`` and its roles and literals as code."""
     text = re.sub(r"^(\s*)\.\. math::[ \t]*(\S[^\n]*)$", r"\1$$ \2 $$", docstring, flags=re.MULTILINE)
     text = re.sub(r"^\s*\.\. math::\s*\n\n?((?:[ \t]+\S[^\n]*\n?)+)", _block, text, flags=re.MULTILINE)
     text = re.sub(r":math:`([^`]*)`", r"$\1$", text)
     text = re.sub(r":\w+:`~?([^`]*)`", lambda match: f"`{match[1].split('.')[-1]}`", text)
-    text = text.replace("``", "`")
-    return re.sub(r"^(Args|Returns|Raises|Source):[ \t]*", r"**\1.** ", text, flags=re.MULTILINE)
+    return text.replace("``", "`")
+
+
+def _entries(match: re.Match[str]) -> str:
+    """Return a section of ``name: text`` entries, each with its continuation lines, as a list."""
+    entries: list[str] = []
+    indent = len(match[2]) - len(match[2].lstrip())
+    for line in match[2].splitlines():
+        text = line.strip()
+        if line[:indent].isspace() and line[indent : indent + 1].strip():
+            name, colon, meaning = text.partition(":")
+            entries.append(f"- `{name}`:{meaning}" if colon else f"- {text}")
+        elif text:
+            entries[-1] += f"\n  {text}"
+    return f"**{match[1]}.**\n\n" + "\n".join(entries) + "\n"
 
 
 def _block(match: re.Match[str]) -> str:

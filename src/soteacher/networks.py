@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher, terms_of
 from soteacher.data import DataSet, EvaluationLoader, TrainLoader
 from soteacher.errors import InputError
-from soteacher.files import read_json, replacing
+from soteacher.files import read_json, write_tensors, write_text
 from soteacher.models.classifier import Classifier, NetworkSpec, network_spec
 from soteacher.models.taps import Tapped, resolve_taps
 from soteacher.models.weights import load_weights, read_weights, save_classifier
@@ -53,7 +52,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """``soteacher-kd/seed0``: how the network is called in messages."""
+        """``student soteacher-kd/seed0``: how the network is called in messages."""
         return f"{self.role} {self.arm}/seed{self.seed}"
 
 
@@ -182,7 +181,7 @@ def _fit(
     """Run the loop for one network, keeping its curves, its wanted epochs and its progress."""
     folder, epochs = study.folder_of(job), trainee.config.epochs
     wanted = _wanted_epochs(study.config, job, trainee.config)
-    lines = _finished_lines(folder, checkpoint)
+    lines = checkpoint.history()  # not those of metrics.jsonl: a kill may have come between the two
     name = f"{study.config.name}/{study.folder.name}/{job.role}s/{job.arm}/seed{job.seed}"
     loggers = open_loggers(study.config.logging, folder, name, start_epoch=len(lines))
     test = EvaluationLoader(study.data.test, batch_size=EVALUATION_BATCH, device=trainee.fabric.device)
@@ -289,7 +288,7 @@ def _take_saved(study: Study, job: Job, spec: SavedTeacher) -> None:
     if not path.exists():
         kept = sorted(int(other.stem.removeprefix("after-")) for other in path.parent.glob("after-*.safetensors"))
         raise InputError(
-            f"{job.name}: the weights of {source.name} after {epochs} epochs were not kept; kept: {kept or 'none'}; "
+            f"the weights of {source.name} after {epochs} epochs were not kept; kept: {kept or 'none'}; "
             "set save_every in its training and train it anew"
         )
     network = NetworkSpec(**facts["network"])
@@ -321,6 +320,8 @@ def load_teacher_file(study: Study, spec: FileTeacher) -> tuple[Classifier, Netw
     facts = path.parent / "model.json"
     if path.name == "model.safetensors" and facts.exists():
         network = NetworkSpec(**read_json(facts)["network"])
+        if spec.model is not None:
+            network = network.model_copy(update={"model": spec.model})
     elif spec.model is None:
         raise InputError(f"{path} does not say which network it is; name it: model=NAME (see soteacher models)")
     else:
@@ -443,8 +444,7 @@ def _epoch_weights(folder: Path, finished: int) -> Path:
 def _save_weights(path: Path, network: nn.Module) -> None:
     """Write a network's weights atomically."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
-    with replacing(path) as part:
-        save_file(tensors, part)
+    write_tensors(path, tensors)
 
 
 def _count(classifier: nn.Module) -> int:
@@ -457,13 +457,7 @@ def _figures(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    with replacing(path) as part:
-        part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-
-
-def _finished_lines(folder: Path, checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """Return the lines of the epochs before the state that training goes on from: a kill may come between the two."""
-    return _read_lines(folder / "metrics.jsonl")[: checkpoint.finished_epochs()] if checkpoint.path.exists() else []
+    write_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:

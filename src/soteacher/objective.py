@@ -84,6 +84,7 @@ class Term(Generic[StepT]):
             raise InputError(
                 f"weight of {self.objective.name} must be positive, got {self.weight}; or leave the term out"
             )
+        ramp_factor(self.ramp, epoch=0, num_epochs=1)  # an unknown ramp is an error now, not in the first step
 
     def weight_at(self, *, epoch: int, num_epochs: int) -> float:
         """Return the weight in force during an epoch; see :func:`ramp_factor`."""

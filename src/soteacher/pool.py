@@ -13,17 +13,20 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from soteacher.errors import InputError, InterruptedRunError
+from soteacher.errors import InputError, InterruptedRunError, WorkerDiedError
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """One network to train, and what must be finished before."""
 
+    name: str
+    """How messages call it."""
     key: Hashable
     message: dict[str, Any]
     needs: Hashable | None = None
@@ -43,27 +46,37 @@ class _Process:
 
     def _listen(self, events: queue.Queue[Any]) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            events.put((self, json.loads(line)))
+        with self._process.stdout as lines, suppress(ValueError):  # killed in the middle of a line
+            for line in lines:
+                events.put((self, json.loads(line)))
         self._process.wait()
         events.put((self, None))
 
     def send(self, work: Work) -> None:
         assert self._process.stdin is not None
         self.busy = work
-        self._process.stdin.write(json.dumps(work.message) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has died: the end of its events says so
+            self._process.stdin.write(json.dumps(work.message) + "\n")
+            self._process.stdin.flush()
 
     def stop(self) -> None:
         """Ask it to save its state and leave."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
 
-    def end(self) -> int:
-        """Let it leave when it has nothing to do; return its exit status."""
+    def end(self) -> None:
+        """Let it leave when it has nothing to do, and wait for that."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
-        return self._process.wait()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+
+    def last_words(self, log: Path) -> str:
+        """Return how a process that is gone came to its end."""
+        status = self._process.returncode
+        how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+        at = f" training {self.busy.name}" if self.busy else ""
+        return f"a worker process{at} {how}; {log} may say why; go on with --resume, or with fewer --workers"
 
 
 def run_side_by_side(
@@ -91,9 +104,9 @@ def run_side_by_side(
         should_stop: asked several times a second; on yes every worker saves its state and leaves.
 
     Raises:
-        InterruptedRunError: ``should_stop`` said yes.
+        InterruptedRunError: ``should_stop`` said yes, or a worker was asked to stop from outside.
         InputError: a network cannot be trained; the others have saved their state.
-        RuntimeError: a worker died.
+        WorkerDiedError: a worker died; the others have saved their state.
     """
     waiting, finished = list(works), set[Hashable]()
     events: queue.Queue[Any] = queue.Queue()
@@ -103,9 +116,6 @@ def run_side_by_side(
         everyone = list(alive)
         try:
             while alive:
-                if failure is None and should_stop():
-                    failure = InterruptedRunError("stopped")
-                    _stop(alive)
                 if failure is None:
                     _hand_out(waiting, alive, finished)
                     if not waiting and not any(process.busy for process in alive):
@@ -113,21 +123,14 @@ def run_side_by_side(
                 try:
                     process, event = events.get(timeout=0.2)
                 except queue.Empty:
-                    continue
-                if event is None:
+                    process, event = None, None
+                if failure is None:
+                    failure = _failure(process, event, log, stopping=should_stop())
+                    _stop(alive if failure else ())
+                if process is not None and event is not None:
+                    _take(process, event, finished, on_event)
+                elif process is not None:
                     alive.remove(process)
-                    if failure is None:
-                        failure = RuntimeError(f"the process that trained {_name(process)} died; see {log}")
-                        _stop(alive)
-                    continue
-                if event["event"] == "done":
-                    finished.add(process.busy.key)
-                elif event["event"] == "failed" and failure is None:
-                    failure = InputError(f"{_name(process)}: {event['message']}")
-                    _stop(alive)
-                on_event(process.busy.key, event)
-                if event["event"] in ("done", "failed", "stopped"):
-                    process.busy = None
         finally:
             _stop([process for process in alive if process.busy])
             for process in everyone:
@@ -147,13 +150,45 @@ def _hand_out(waiting: list[Work], alive: Sequence[_Process], finished: set[Hash
         process.send(ready)
 
 
+def _failure(process: _Process | None, event: dict[str, Any] | None, log: Path, *, stopping: bool) -> Exception | None:
+    """Return why all must stop, after an event of a process or after none."""
+    if stopping:  # asked first: the same signal may have ended a worker
+        return InterruptedRunError("stopped")
+    if process is None:
+        return None
+    if event is None:
+        return WorkerDiedError(process.last_words(log))
+    if event["event"] == "stopped":
+        return InterruptedRunError("a worker was asked to stop")
+    if event["event"] == "failed" and process.busy is not None:
+        return InputError(f"{process.busy.name}: {event['message']}")
+    return None
+
+
+def _take(
+    process: _Process,
+    event: dict[str, Any],
+    finished: set[Hashable],
+    on_event: Callable[[Hashable, dict[str, Any]], None],
+) -> None:
+    """Pass an event on; the last one of a network sets its process free."""
+    assert process.busy is not None
+    key = process.busy.key
+    if event["event"] == "done":
+        finished.add(key)
+    if event["event"] in ("done", "failed", "stopped"):
+        process.busy = None
+    on_event(key, event)
+
+
 def _stop(processes: Sequence[_Process]) -> None:
     for process in processes:
         process.stop()
 
 
-def _name(process: _Process) -> str:
-    return "/".join(map(str, process.busy.message.values())) if process.busy else "nothing"
+def available_cores() -> int:
+    """Return how many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_workers(cores: int, networks: int, device: str) -> Mapping[str, int]:

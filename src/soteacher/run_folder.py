@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,8 @@ from soteacher.settings import parse, read_tree
 CONFIG = "config.yaml"
 STATE = "run.json"
 LOG = "log.txt"
+LOCK_SECONDS = 10.0
+"""How long another process at work in the folder is waited for."""
 
 
 def network_folder(run: Path, role: str, arm: str, seed: int) -> Path:
@@ -38,10 +42,10 @@ def read_config(run: Path) -> StudyConfig:
 
 
 def claim(run: Path, config: StudyConfig, state: dict[str, Any], *, resume: bool) -> dict[str, Any]:
-    """Make the run's folder, or make sure that it may go on in it; return the run's state.
+    """Write the run's settings into its empty folder, or make sure that it may go on there; return the run's state.
 
     Args:
-        run: the folder.
+        run: the folder, locked.
         config: the study.
         state: facts of this start that a resumed run must share or keep: ``data_checksum``, ``threads``, ``device``.
         resume: whether an unfinished or finished run of the same study may be there.
@@ -52,10 +56,9 @@ def claim(run: Path, config: StudyConfig, state: dict[str, Any], *, resume: bool
     Raises:
         InputError: the folder holds something else, another run, or this run without ``resume``.
     """
-    if not run.exists() or (run.is_dir() and not any(path.name != ".lock" for path in run.iterdir())):
-        run.mkdir(parents=True, exist_ok=True)
-        write_json(run / STATE, state)
+    if all(path.name == ".lock" or _is_part(path) for path in run.iterdir()):
         write_text(run / CONFIG, to_yaml(config))
+        write_json(run / STATE, state)
         return state
     if not (run / CONFIG).exists():
         raise InputError(f"{run} exists and holds no run; choose another folder with --out")
@@ -65,34 +68,76 @@ def claim(run: Path, config: StudyConfig, state: dict[str, Any], *, resume: bool
         raise InputError(f"{run} holds another run: {changed[0]}{more}; choose another folder with --out")
     if not resume:
         raise InputError(f"{run} holds this run already; go on with --resume, or choose another folder with --out")
+    if not (run / STATE).exists():  # killed between the two files
+        write_json(run / STATE, state)
     first = read_json(run / STATE)
     if first["data_checksum"] != state["data_checksum"]:
         raise InputError(f"{run} was started on other data: its checksum was {first['data_checksum']}")
+    if first["device"] != state["device"]:
+        raise InputError(f"{run} was started on {first['device']}, and this is {state['device']}")
+    for path in run.rglob(".*.part"):  # what a kill left; nobody else writes here now
+        path.unlink(missing_ok=True)
     write_text(run / CONFIG, to_yaml(config))  # the study may have grown: more seeds, teachers, students
     return first
+
+
+def _is_part(path: Path) -> bool:
+    """Return whether a file is one that was not written to its end; see :func:`soteacher.files.replacing`."""
+    return path.name.startswith(".") and path.name.endswith(".part")
 
 
 @contextmanager
 def locked(run: Path) -> Generator[IO[str], None, None]:
     """Hold the run's folder against other processes; the lock ends with this process and those it handed the file to.
 
+    The folder is made where it is missing, and taken away again where nothing was written into it.
+
     Raises:
-        InputError: another process is at work in the folder.
+        InputError: another process is at work in the folder, or there can be no such folder.
     """
     created = not run.exists()
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{run} cannot be a folder: a file is in its place; choose another with --out") from None
     path = run / ".lock"
-    with path.open("a", encoding="utf-8") as file:
-        if sys.platform != "win32":
-            import fcntl
-
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(f"another process is at work in {run}; wait for it to end, or end it") from None
+    with _lock(path) as file:
         try:
             yield file
         finally:
             path.unlink(missing_ok=True)
             if created and not any(run.iterdir()):
                 run.rmdir()
+
+
+def _lock(path: Path) -> IO[str]:
+    """Return the opened and locked file. Workers of a killed run need a moment to leave, and are waited for."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        file = path.open("a", encoding="utf-8")
+        if _try_lock(file) and _lies_at(path, file):
+            return file
+        file.close()
+        if time.monotonic() > deadline:
+            raise InputError(f"another process is at work in {path.parent}; wait for it to end, or end it")
+        time.sleep(0.1)
+
+
+def _try_lock(file: IO[str]) -> bool:
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _lies_at(path: Path, file: IO[str]) -> bool:
+    """Return whether an open file is still the one at a path: who held it before may have taken it away."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

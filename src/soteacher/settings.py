@@ -119,7 +119,7 @@ def apply_settings(tree: Mapping[str, Any], settings: Iterable[str]) -> dict[str
             raise InputError(f"--set wants path.to.field=value, got {setting!r}")
         try:
             value = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # a date that is none is a ValueError
             raise InputError(f"--set {path}: {text!r} is no YAML value") from None
         *parents, last = path.split(".")
         table = result
@@ -145,7 +145,7 @@ def read_tree(text: str, source: str) -> dict[str, Any]:
     """
     try:
         tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
         mark = getattr(error, "problem_mark", None)
         place = f" in line {mark.line + 1}" if mark else ""
         raise InputError(f"{source}: no readable YAML{place}: {getattr(error, 'problem', error)}") from None

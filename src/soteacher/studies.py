@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import signal
 import subprocess
@@ -37,7 +36,7 @@ from soteacher.networks import (
     task_of,
     train_network,
 )
-from soteacher.pool import Work, default_workers, run_side_by_side
+from soteacher.pool import Work, available_cores, default_workers, run_side_by_side
 from soteacher.report import write_report
 from soteacher.run_folder import LOG, STATE, claim, locked, network_folder, read_config
 from soteacher.statistics import summarise
@@ -65,8 +64,9 @@ def run_study(
         data_root: where data sets lie; see :func:`soteacher.data.data_root`.
         device: ``auto``, ``cpu`` or ``cuda``.
         resume: go on in a folder that holds this run.
-        workers: networks trained side by side; by default one a core on a CPU, one on a GPU.
-        factories: networks of the caller's own by name; they are trained in this process.
+        workers: networks trained side by side; by default one a core on a CPU, one on a GPU, and as many as before in
+            a run that goes on.
+        factories: networks of the caller's own by name; the study is then trained in this process.
         on_event: told of every network's progress.
         on_download: told of a download's progress; see :func:`soteacher.data.load_data`.
 
@@ -76,18 +76,19 @@ def run_study(
     Raises:
         InputError: something in the settings, the data or the folder cannot be used.
         InterruptedRunError: Ctrl-C or SIGTERM; every network's state is saved.
+        WorkerDiedError: a worker process was killed.
     """
-    device = pick_device(device)
+    device, workers = pick_device(device), _checked_workers(workers, factories)
     study = Study(config, folder, load_data(config.data, data_root, progress=on_download), device, factories or {})
     _check_networks(study)
-    plan = default_workers(os.cpu_count() or 1, len(jobs_of(config)), device)
+    cores = available_cores()
+    plan = default_workers(cores, len(jobs_of(config)), device)
     if workers is not None:
-        plan = {"workers": workers, "threads": max(1, (os.cpu_count() or 1) // workers)}
-    if factories:
-        plan = {"workers": 1, "threads": os.cpu_count() or 1}
+        plan = {"workers": workers, "threads": max(1, cores // workers)}
     with locked(folder) as lock:
         state = {"data_checksum": study.data.checksum, "device": device, **plan}
         plan = claim(folder, config, state, resume=resume)  # a resumed run keeps its threads: they decide the last bit
+        plan = plan if workers is None else {**plan, "workers": workers}
         waiting = {job: needed for job, needed in jobs_of(study.config).items() if not study.finished(job)}
         report = on_event or _ignore
         with stop_requested() as should_stop:
@@ -96,6 +97,16 @@ def run_study(
             elif waiting:
                 _run_beside(study, waiting, plan, lock.fileno(), data_root, on_event=report, should_stop=should_stop)
         return _write_results(config, folder, plan)
+
+
+def _checked_workers(workers: int | None, factories: Mapping[str, NetworkFactory] | None) -> int | None:
+    if workers is not None and workers < 1:
+        raise InputError(f"workers must be at least 1, got {workers}")
+    if factories and workers not in (None, 1):
+        raise InputError(
+            f"networks of your own are trained in this process: workers must be 1 or left out, got {workers}"
+        )
+    return 1 if factories else workers
 
 
 def pick_device(device: str) -> str:
@@ -125,7 +136,10 @@ def _run_here(
     torch.set_num_threads(threads)
     try:
         for job in jobs:
-            train_network(study, job, on_event=on_event, should_stop=should_stop)
+            try:
+                train_network(study, job, on_event=on_event, should_stop=should_stop)
+            except InputError as error:
+                raise InputError(f"{job.name}: {error}") from error
     finally:
         torch.set_num_threads(before)
 
@@ -141,7 +155,7 @@ def _run_beside(
     should_stop: Callable[[], bool],
 ) -> None:
     """Train networks side by side in worker processes."""
-    works = [Work(job, asdict(job), needed if needed in jobs else None) for job, needed in jobs.items()]
+    works = [Work(job.name, job, asdict(job), needed if needed in jobs else None) for job, needed in jobs.items()]
     root = [] if data_root is None else ["--data-root", str(data_root)]
     command = [
         sys.executable, "-m", "soteacher.worker", str(study.folder), "--device", study.device,
@@ -200,7 +214,11 @@ def _check_networks(study: Study) -> None:
             classifier, _ = new_classifier(study, spec.model, pretrained=False)
             terms = [config.build(task_of(study.data)) for config in terms_of(spec).values()]
             features = sorted({name for term in terms for name in term.features})
-        logits, _ = Tapped(classifier.eval(), resolve_taps(classifier, features))(images)
+        try:
+            logits, _ = Tapped(classifier.eval(), resolve_taps(classifier, features))(images)
+        except RuntimeError as error:  # what a network asks of its input, PyTorch says in its own words
+            reason = str(error).splitlines()[0]
+            raise InputError(f"{spec.model} cannot take images of shape {list(images.shape[1:])}: {reason}") from error
         if logits.shape[1] != study.data.num_classes:
             raise InputError(f"{spec.model} gives {logits.shape[1]} logits for {study.data.num_classes} classes")
 
@@ -238,13 +256,21 @@ def _write_results(config: StudyConfig, folder: Path, state: Mapping[str, Any]) 
 
 def environment(device: str, threads: int) -> dict[str, Any]:
     """Return what the numbers depend on besides the settings."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
         "threads": threads,
-        "commit": commit.stdout.strip() or None,
+        "commit": _commit(),
     }
+
+
+def _commit() -> str | None:
+    """Return the commit of this package's sources; ``None`` where they are in no repository, or only lie within one."""
+    here = Path(__file__)
+    try:
+        for command in (["ls-files", "--error-unmatch", here.name], ["rev-parse", "HEAD"]):
+            answer = subprocess.run(["git", *command], cwd=here.parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()

@@ -38,7 +38,6 @@ class ProgressDisplay:
         )
 
     def __enter__(self) -> ProgressDisplay:
-        self._bars.start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -57,6 +56,7 @@ class ProgressDisplay:
 
     def _step(self, job: Job, event: Mapping[str, Any]) -> None:
         total = event["epochs"] * event["steps_per_epoch"]
+        self._bars.start()  # not before: a download has bars of its own, and a terminal shows one set at a time
         if job not in self._tasks:
             self._tasks[job] = self._bars.add_task(job.name, total=total, figures="")
         figures = (
@@ -100,7 +100,7 @@ class ProgressDisplay:
 
 
 class DownloadBar:
-    """Takes a download's progress: name, bytes done, bytes in all (or ``None``)."""
+    """Takes the progress of a download, or of files that are read: name, how much is done, and of how much if known."""
 
     def __init__(self) -> None:
         self._console = Console()
@@ -108,7 +108,6 @@ class DownloadBar:
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> DownloadBar:
-        self._bars.start()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -119,8 +118,11 @@ class DownloadBar:
         if name not in self._tasks:
             self._tasks[name] = self._bars.add_task(name, total=total)
             if not self._console.is_terminal:
-                print(f"reading {name}", flush=True)
+                print(name, flush=True)
+        self._bars.start()
         self._bars.update(self._tasks[name], completed=done, total=total)
+        if self._bars.finished:
+            self._bars.stop()
 
 
 def print_results(results: dict[str, Any], run: Path) -> None:

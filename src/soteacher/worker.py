@@ -2,7 +2,8 @@
 
 ``python -m soteacher.worker RUN --device cpu --threads 1 [--data-root FOLDER]`` reads a network a line from standard
 input (``{"role": "teacher", "arm": "standard", "seed": 0}``) and answers on standard output with events, one JSON a
-line; the last of each network is ``done``, ``failed`` or ``stopped``. SIGTERM saves the state and ends the process.
+line; the last of each network is ``done``, ``failed`` or ``stopped``. SIGTERM saves the state and ends the process, and
+so does the end of the process that started it.
 """
 
 from __future__ import annotations
@@ -18,16 +19,22 @@ from types import FrameType
 from typing import Any, TextIO
 
 from soteacher.errors import InputError, InterruptedRunError
+from soteacher.files import unwritable
 
 
 class _Stop:
-    """Whether this process was asked to stop. An idle one leaves at once, a training one after its step."""
+    """Whether this process is to stop. An idle one leaves at once, a training one after its step."""
 
     def __init__(self) -> None:
         self.asked = False
         self.training = False
+        self._parent = os.getppid()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent decides
         signal.signal(signal.SIGTERM, self._ask)
+
+    def wanted(self) -> bool:
+        """Return whether training must stop: somebody asked, or the parent is gone and its run may be resumed."""
+        return self.asked or os.getppid() != self._parent
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         del number, frame
@@ -67,19 +74,24 @@ def serve(run: Path, device: str, threads: int, data_root: Path | None, stop: _S
             answers.write(json.dumps(event) + "\n")
             answers.flush()
         except BrokenPipeError:  # the parent is gone: what is on disk is what a resumed run starts from
-            os._exit(1)
+            os._exit(1)  # and nobody is left to be told of anything else
 
     for line in sys.stdin:
         stop.training = True
         try:
             train_network(
-                study, Job(**json.loads(line)), on_event=lambda _, event: answer(event), should_stop=lambda: stop.asked
+                study, Job(**json.loads(line)), on_event=lambda _, event: answer(event), should_stop=stop.wanted
             )
         except InterruptedRunError:
             answer({"event": "stopped"})
             return
-        except (InputError, OSError) as error:
+        except InputError as error:
             answer({"event": "failed", "message": str(error)})
+        except OSError as error:
+            message = unwritable(error)
+            if message is None:
+                raise
+            answer({"event": "failed", "message": message})
         else:
             answer({"event": "done"})
         stop.training = False

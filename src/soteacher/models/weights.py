@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from soteacher.errors import InputError
-from soteacher.files import read_json, replacing, write_json
+from soteacher.files import read_json, write_json, write_tensors
 from soteacher.models.classifier import Classifier, NetworkSpec, build_classifier
 from soteacher.models.taps import classifier_module
 
@@ -95,8 +95,7 @@ def save_classifier(folder: Path, classifier: Classifier, spec: NetworkSpec, fac
     # Clones, because safetensors refuses tensors that share memory (tied weights).
     tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
     (folder / FACTS_FILE).unlink(missing_ok=True)
-    with replacing(folder / WEIGHTS_FILE) as part:
-        safetensors.torch.save_file(tensors, part)
+    write_tensors(folder / WEIGHTS_FILE, tensors)
     write_json(folder / FACTS_FILE, {"schema": SCHEMA, "network": spec.model_dump(mode="json"), **facts})
 
 

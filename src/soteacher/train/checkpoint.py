@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from soteacher.errors import InputError
-from soteacher.files import replacing
+from soteacher.files import write_tensors
 from soteacher.objective import Term
 
 FILE_NAME = "state.safetensors"
@@ -49,13 +48,13 @@ class Checkpoint:
         """The state's file."""
         return self.folder / FILE_NAME
 
-    def finished_epochs(self) -> int:
-        """Return how many epochs the saved state has behind it; 0 where nothing usable was saved."""
+    def history(self) -> list[dict[str, Any]]:
+        """Return the figures of the epochs that the saved state has behind it; none where nothing usable was saved."""
         try:
             with safe_open(self.path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType] untyped
-                return json.loads(file.metadata()["soteacher"])["epoch"]
+                return json.loads(file.metadata()["soteacher"])["history"]
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-            return 0
+            return []
 
     def save(
         self, position: Position, *, network: nn.Module, optimizer: torch.optim.Optimizer, terms: Sequence[Term[Any]]
@@ -78,8 +77,7 @@ class Checkpoint:
             name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, tensor in tensors.items()
         }
-        with replacing(self.path) as part:
-            save_file(owned, part, metadata={"soteacher": json.dumps(facts)})
+        write_tensors(self.path, owned, {"soteacher": json.dumps(facts)})
 
     def load(
         self, *, network: nn.Module, optimizer: torch.optim.Optimizer, terms: Sequence[Term[Any]]

@@ -34,11 +34,6 @@ class BatchSource(Protocol):
     """The training set, batch by batch, from any place of any epoch."""
 
     @property
-    def num_examples(self) -> int:
-        """Examples of one pass."""
-        ...
-
-    @property
     def steps_per_epoch(self) -> int:
         """Batches of one pass."""
         ...
@@ -130,7 +125,7 @@ def fit(
 
     Raises:
         InterruptedRunError: ``should_stop`` said yes; the state is saved.
-        InputError: a loss is not finite; the step, the term and the last good checkpoint are named.
+        InputError: a loss or a measured figure is not finite; the step, the term and the last good state are named.
     """
     parts: dict[str, Any] = {
         "network": trainee.network,
@@ -140,7 +135,7 @@ def fit(
     position = checkpoint.load(**parts) or Position()
     while position.epoch < trainee.config.epochs:
         line = _train_epoch(trainee, batches, position, checkpoint, on_step=on_step, should_stop=should_stop)
-        line |= measure()
+        line |= _finite(measure(), epoch=position.epoch, checkpoint=checkpoint)
         position = Position(epoch=position.epoch + 1, history=[*position.history, line])
         on_epoch(line)
         checkpoint.save(position, **parts)
@@ -203,11 +198,20 @@ def _check_finite(figures: Tensor, trainee: Trainee, *, epoch: int, step: int, c
         return
     names = [term.objective.name for term in trainee.terms]
     broken = [name for name, value in zip(names, figures.tolist(), strict=False) if not math.isfinite(value)]
+    raise _not_finite(f"at step {step} of epoch {epoch}, in the term {' and '.join(broken)}", checkpoint)
+
+
+def _finite(measured: dict[str, float], *, epoch: int, checkpoint: Checkpoint) -> dict[str, float]:
+    """Return what was measured after an epoch; its last step may have made weights that no loss has shown yet."""
+    broken = [name for name, value in measured.items() if not math.isfinite(value)]
+    if broken:
+        raise _not_finite(f"after epoch {epoch}, in {' and '.join(broken)}", checkpoint)
+    return measured
+
+
+def _not_finite(where: str, checkpoint: Checkpoint) -> InputError:
     good = f"the last good state is {checkpoint.path}" if checkpoint.path.exists() else "no epoch was finished before"
-    raise InputError(
-        f"the loss is not finite at step {step} of epoch {epoch}, in the term {' and '.join(broken)}; {good}; "
-        "a lower learning rate, gradient_clip or fp32 may help"
-    )
+    return InputError(f"the loss is not finite {where}; {good}; a lower learning rate, gradient_clip or fp32 may help")
 
 
 def _report(sums: Tensor, *, epoch: int, step: int, steps: int, speed: float) -> StepReport:

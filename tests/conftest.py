@@ -1,0 +1,125 @@
+"""A tiny data set and a tiny study: networks that train in a fraction of a second."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+TIMES = ("seconds", "images_per_second", "train_seconds")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny tensors are not worth a second thread."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_arrays() -> dict[str, np.ndarray]:
+    """Three classes of 12 x 12 images that differ in where they are bright: 40 to train on, 24 to test on."""
+    random = np.random.default_rng(0)
+
+    def split(count: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = np.arange(count) % 3
+        images = random.integers(0, 160, (count, 12, 12))
+        for place, label in enumerate(labels):
+            images[place, 4 * label : 4 * label + 4] += 90
+        return images.astype(np.uint8), labels.astype(np.int64)
+
+    train_images, train_labels = split(40)
+    test_images, test_labels = split(24)
+    return {
+        "train_images": train_images, "train_labels": train_labels,
+        "test_images": test_images, "test_labels": test_labels,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny_arrays: dict[str, np.ndarray], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny data set as a file."""
+    path = tmp_path_factory.mktemp("data") / "tiny.npz"
+    np.savez(path, **tiny_arrays)
+    return path
+
+
+@pytest.fixture
+def tiny_tree(tiny_data: Path) -> Callable[..., dict[str, Any]]:
+    """Make a study's settings: two teachers, two students, one seed, two epochs of three steps; more laid over it."""
+
+    def make(**over: Any) -> dict[str, Any]:
+        tree: dict[str, Any] = {
+            "name": "tiny",
+            "data": {"source": "npz", "path": str(tiny_data), "augment": {"crop_padding": 1}},
+            "seeds": [0],
+            "baseline": "standard-kd",
+            "training": {"epochs": 2, "batch_size": 16},
+            "teachers": {
+                "standard": {"model": "resnet8", "method": "standard"},
+                "soteacher": {"model": "resnet8", "method": "soteacher"},
+            },
+            "students": {
+                "alone": {"model": "resnet8", "method": "alone"},
+                "kd": {"model": "resnet8", "method": "kd"},
+            },
+            "logging": [],
+        }
+        return copy.deepcopy(tree) | over
+
+    return make
+
+
+class TinyNetwork(nn.Module):
+    """A network with all that makes a resumed run differ: batch norm's averages, dropout, a momentum."""
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(in_channels, 6, 3, stride=2, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.dropout = nn.Dropout(0.2)
+        self.head = nn.Linear(18, num_classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps = torch.relu(self.norm(self.convolution(images)))
+        rows = nn.functional.adaptive_avg_pool2d(maps, (3, 1)).flatten(1)
+        return self.head(self.dropout(rows))
+
+
+@pytest.fixture
+def tiny_network() -> type[TinyNetwork]:
+    """A network's class; it is a factory as well."""
+    return TinyNetwork
+
+
+@pytest.fixture
+def figures_of() -> Callable[[Path], list[dict[str, Any]]]:
+    """Read the lines of a ``metrics.jsonl`` without the times."""
+
+    def read(path: Path) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+    return read
+
+
+@pytest.fixture
+def outcome_of(figures_of: Callable[[Path], list[dict[str, Any]]]) -> Callable[[Path], dict[str, Any]]:
+    """Read all that decides whether two runs are the same: every network's weights and figures, and the results."""
+
+    def read(run: Path) -> dict[str, Any]:
+        outcome: dict[str, Any] = {}
+        for path in sorted(run.rglob("*.safetensors")):
+            outcome[str(path.relative_to(run))] = path.read_bytes()
+        for path in sorted(run.rglob("metrics.jsonl")):
+            outcome[str(path.relative_to(run))] = figures_of(path)
+        results = json.loads((run / "results.json").read_text())
+        outcome["rows"] = [{key: value for key, value in row.items() if key not in TIMES} for row in results["rows"]]
+        outcome["summary"] = results["summary"]
+        return outcome
+
+    return read
