@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,6 +25,8 @@ from soteacher.train.evaluate import evaluate as evaluate_classifier
 
 Model = str | nn.Module | Callable[[int, int], nn.Module]
 """A network: by name, as a module (copied for each seed), or made by ``(num_classes, in_channels) -> module``."""
+TRAINED: tuple[Literal["teacher", "student"], ...] = ("student", "teacher")
+"""The networks of a run that one loads, evaluates or exports: its student, or the teacher where there is none."""
 Data = str | Mapping[str, Any]
 """A data set: by its source's name, or with settings: ``{"source": "folder", "path": "flowers"}``."""
 
@@ -145,10 +147,11 @@ def load(path: str | Path, *, model: nn.Module | NetworkFactory | None = None) -
     """Return a trained classifier: it takes images ``[B, C, H, W]`` in [0, 1] and gives logits ``[B, K]``.
 
     Args:
-        path: a run folder with one teacher, a network's folder or a ``model.safetensors``.
+        path: a run folder with one student, or with one teacher and no student; a network's folder; or a
+            ``model.safetensors``.
         model: the network, where it is one of your own.
     """
-    weights = find_network(Path(path))
+    weights = find_network(Path(path), TRAINED)
     if model is None:
         return load_classifier(weights)[0]
     spec = NetworkSpec(**read_json(weights.parent / FACTS_FILE)["network"])
@@ -169,7 +172,7 @@ def evaluate(
     """Return accuracy, NLL, ECE and the bins of the reliability diagram of a network on a data set.
 
     Args:
-        path: as in :func:`distill`'s ``teacher``.
+        path: as in :func:`load`, or a foreign checkpoint.
         data: the images.
         model: network of a foreign checkpoint, or one of your own.
         split: ``test`` or ``train`` (without augmentation).
@@ -197,7 +200,7 @@ def export(
     """Write a network for deployment, checked against PyTorch on images of a data set.
 
     Args:
-        path: as in :func:`distill`'s ``teacher``.
+        path: as in :func:`load`, or a foreign checkpoint.
         data: real images for the check.
         out: the ONNX file, or the folder for ``safetensors``.
         form: ``onnx`` or ``safetensors``.
@@ -217,12 +220,22 @@ def _network_and_data(
 ) -> tuple[Classifier, NetworkSpec, DataSet]:
     name, networks = (None, {}) if model is None else _named(model, "network")
     factories = {key: _factory(value) for key, value in networks.items()}
-    source = {"file": str(path), "model": name}
-    study = read_study({"data": _data_tree(data), "teachers": {"teacher": source}})
+    weights = find_network(Path(path), TRAINED)
+    source = {"file": str(weights), "model": name}
+    study = read_study({"data": _data_for(weights, data), "teachers": {"teacher": source}})
     images = load_data(study.data, Path(data_root) if data_root else None)
     spec = study.teachers["teacher"]
     assert isinstance(spec, FileTeacher)
     return *load_teacher_file(Study(study, Path(), images, pick_device(device), factories), spec), images
+
+
+def _data_for(weights: Path, data: Data) -> dict[str, Any]:
+    """Return a data set's settings; images of a folder come in the size that the network was trained on."""
+    tree, facts = _data_tree(data), weights.parent / FACTS_FILE
+    trained_on = read_json(facts).get("data", {}) if facts.exists() else {}
+    if tree.get("source") == "folder" and "image_size" in trained_on:
+        return {"image_size": trained_on["image_size"], **tree}
+    return tree
 
 
 def _data_tree(data: Data) -> dict[str, Any]:

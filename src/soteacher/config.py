@@ -76,7 +76,7 @@ class Student(Settings):
 
 
 def _teacher_kind(value: Any) -> str:
-    keys: Iterable[str] = value if isinstance(value, Mapping) else type(value).model_fields
+    keys: Iterable[str] = value if isinstance(value, Mapping) else getattr(type(value), "model_fields", ())
     return "file" if "file" in keys else "saved" if {"from", "teacher", "after"} & set(keys) else "trained"
 
 
@@ -153,8 +153,9 @@ class StudyConfig(Settings):
             if not isinstance(source, TrainedTeacher):
                 trained = [key for key, value in self.teachers.items() if isinstance(value, TrainedTeacher)]
                 raise InputError(f"{place}.from: {unknown_name('trained teacher', teacher.teacher, trained)}")
+            training = self.training_of(source, f"teachers.{teacher.teacher}")
             try:
-                epochs_at(teacher.after, self.training_of(source).epochs)
+                epochs_at(teacher.after, training.epochs)
             except InputError as error:
                 raise InputError(f"{place}.after: {error}") from None
 

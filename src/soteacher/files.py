@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -25,6 +26,10 @@ def replacing(path: Path) -> Generator[Path, None, None]:
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:
+        if error.errno in DISK_FULL and error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         part.unlink(missing_ok=True)
 
@@ -47,27 +52,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         path: the file.
         tensors: by name, contiguous and each with memory of its own.
         metadata: text to keep beside them.
-
-    Raises:
-        OSError: as by any writing; the library itself tells of a full disk in words only.
     """
-    from safetensors import SafetensorError  # imported here: it brings PyTorch, and the command line starts without
-    from safetensors.torch import save_file
+    from safetensors.torch import save  # imported here: it brings PyTorch, and the command line starts without
 
+    # Not the library's own writing: that tells of a full disk in words only, and nobody else may read its files.
     with replacing(path) as part:
-        try:
-            save_file(dict(tensors), part, metadata=None if metadata is None else dict(metadata))
-        except SafetensorError as error:
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+        part.write_bytes(save(dict(tensors), None if metadata is None else dict(metadata)))
 
 
 def unwritable(error: OSError) -> str | None:
     """Return one line for an error of writing that the user can mend, ``None`` for any other."""
     place = error.filename or "the output folder"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in DISK_FULL:
         return f"the disk is full at {place}; make room and go on with --resume"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{place} may not be written: {error.strerror}"

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -96,7 +96,7 @@ def _depth(jobs: Mapping[Job, Job | None], job: Job) -> int:
 
 def train_network(study: Study, job: Job, *, on_event: OnEvent, should_stop: Callable[[], bool]) -> None:
     """Train one network of a study, from its start or from its last state, and save it."""
-    spec = _spec_of(study.config, job)
+    spec = spec_of(study.config, job)
     if isinstance(spec, SavedTeacher):
         _take_saved(study, job, spec)
     elif isinstance(spec, FileTeacher):
@@ -106,7 +106,7 @@ def train_network(study: Study, job: Job, *, on_event: OnEvent, should_stop: Cal
     on_event(job, {"event": "finished", "row": read_json(study.folder_of(job) / "model.json")["row"]})
 
 
-def _spec_of(config: StudyConfig, job: Job) -> TrainedTeacher | SavedTeacher | FileTeacher | Student:
+def spec_of(config: StudyConfig, job: Job) -> TrainedTeacher | SavedTeacher | FileTeacher | Student:
     """Return the settings of a network of a study."""
     if job.role == "teacher":
         return config.teachers[job.arm]
@@ -232,6 +232,7 @@ def _finish(
     row = _row(study, job, network, history, figures, method=facts["method"], parameters=_count(classifier))
     everything = {
         "role": job.role, "arm": job.arm, "seed": job.seed, "row": row, **facts,
+        "data": study.config.data.model_dump(mode="json"),
         "reliability": {split: figure.reliability for split, figure in figures.items()},
     }  # fmt: skip
     save_classifier(study.folder_of(job), classifier, network, everything)
@@ -305,7 +306,7 @@ def _take_file(study: Study, job: Job, spec: FileTeacher) -> None:
     classifier, network = load_teacher_file(study, spec)
     checksum = blake2b(digest_size=16)
     for name, tensor in sorted(classifier.network.state_dict().items()):
-        checksum.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        checksum.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
     _write_lines(study.folder_of(job) / "metrics.jsonl", [])
     _finish(study, job, classifier, network, [], {"method": "file", "fingerprint": checksum.hexdigest()})
 
@@ -341,22 +342,28 @@ def load_teacher_file(study: Study, spec: FileTeacher) -> tuple[Classifier, Netw
     return classifier, network
 
 
-def find_network(path: Path) -> Path:
-    """Return the weights file that a path means: itself, or the one in a network's folder or a run with one teacher.
+def find_network(path: Path, roles: Sequence[Literal["teacher", "student"]] = ("teacher",)) -> Path:
+    """Return the weights file that a path means: itself, or the one in a network's folder or in a run.
+
+    Args:
+        path: the file or folder.
+        roles: which networks of a run are meant: the first role of which it has any.
 
     Raises:
-        InputError: nothing there, or more than one teacher.
+        InputError: nothing there, or more than one network of the role.
     """
     if path.is_file():
         return path
     if (path / "model.safetensors").exists():
         return path / "model.safetensors"
-    found = sorted(path.glob("teachers/*/*/model.safetensors")) if path.is_dir() else []
-    if len(found) == 1:
-        return found[0]
-    if found:
-        names = ", ".join(str(other.parent) for other in found[:4])
-        raise InputError(f"{path} holds {len(found)} teachers; name one: {names}{' ...' if len(found) > 4 else ''}")
+    for role in roles:
+        found = sorted(path.glob(f"{role}s/*/*/model.safetensors"))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(str(other.parent) for other in found[:4])
+            more = " ..." if len(found) > 4 else ""
+            raise InputError(f"{path} holds {len(found)} {role}s; name one: {names}{more}")
     raise InputError(f"no network at {path}: wanted a run folder, a model.safetensors or a checkpoint")
 
 

@@ -196,7 +196,7 @@ def default_workers(cores: int, networks: int, device: str) -> Mapping[str, int]
 
     Args:
         cores: of this machine.
-        networks: of the study.
+        networks: of the study that can be trained at the same time.
         device: ``cpu`` or ``cuda``; on one GPU the networks follow one another.
     """
     workers = 1 if device == "cuda" else max(1, min(cores, networks))

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import soteacher
-from soteacher.config import FileTeacher, SavedTeacher, StudyConfig, terms_of
+from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher, terms_of
 from soteacher.data import EvaluationLoader, load_data
 from soteacher.errors import InputError
 from soteacher.files import read_json, write_json
@@ -33,6 +33,7 @@ from soteacher.networks import (
     jobs_of,
     load_teacher_file,
     new_classifier,
+    spec_of,
     task_of,
     train_network,
 )
@@ -82,7 +83,7 @@ def run_study(
     study = Study(config, folder, load_data(config.data, data_root, progress=on_download), device, factories or {})
     _check_networks(study)
     cores = available_cores()
-    plan = default_workers(cores, len(jobs_of(config)), device)
+    plan = default_workers(cores, _width(config), device)
     if workers is not None:
         plan = {"workers": workers, "threads": max(1, cores // workers)}
     with locked(folder) as lock:
@@ -92,11 +93,20 @@ def run_study(
         waiting = {job: needed for job, needed in jobs_of(study.config).items() if not study.finished(job)}
         report = on_event or _ignore
         with stop_requested() as should_stop:
+            given = {job: None for job in waiting if isinstance(spec_of(config, job), FileTeacher)}
+            _run_here(study, given, threads=plan["threads"], on_event=report, should_stop=should_stop)
+            waiting = {job: needed for job, needed in waiting.items() if job not in given}
             if plan["workers"] == 1 or len(waiting) == 1:
                 _run_here(study, waiting, threads=plan["threads"], on_event=report, should_stop=should_stop)
             elif waiting:
                 _run_beside(study, waiting, plan, lock.fileno(), data_root, on_event=report, should_stop=should_stop)
         return _write_results(config, folder, plan)
+
+
+def _width(config: StudyConfig) -> int:
+    """Return how many networks of a study can be trained at the same time: its teachers, or its students."""
+    trained = [job.role for job in jobs_of(config) if isinstance(spec_of(config, job), (TrainedTeacher, Student))]
+    return max(trained.count("teacher"), trained.count("student"), 1)
 
 
 def _checked_workers(workers: int | None, factories: Mapping[str, NetworkFactory] | None) -> int | None:

@@ -22,15 +22,15 @@ class SourceConfig(Settings, ABC):
     """Settings that every source has. Subclasses are final and add ``source``, the name they are chosen by."""
 
     train_examples: int | None = Field(default=None, gt=0)
-    """Number of training images to use, a class-balanced subset that is always the same; None: all."""
+    """Number of training images to use, a class-balanced subset that is always the same; null: all."""
     test_examples: int | None = Field(default=None, gt=0)
-    """Number of test images to use, a class-balanced subset that is always the same; None: all."""
+    """Number of test images to use, a class-balanced subset that is always the same; null: all."""
     augment: AugmentConfig = AugmentConfig()
     """Random changes to training images."""
     mean: tuple[float, ...] | None = None
-    """By channel, of images in [0, 1]: what networks subtract; None: the source's own."""
+    """By channel, of images in [0, 1]: what networks subtract; null: the source's own."""
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
-    """By channel, of images in [0, 1]: what networks divide by; None: the source's own."""
+    """By channel, of images in [0, 1]: what networks divide by; null: the source's own."""
 
     @abstractmethod
     def load(self, root: Path, *, progress: Progress | None = None) -> DataSet:
