@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -59,10 +60,12 @@ def export_classifier(
 def _write_onnx(classifier: Classifier, images: Tensor, path: Path) -> None:
     _need("onnxscript")
     batch = torch.export.Dim("batch", min=1)
-    torch.onnx.export(
-        classifier, (images,), path, dynamo=True, input_names=["images"], output_names=["logits"],
-        dynamic_shapes=({0: batch},), external_data=False, verbose=False,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the exporter's own use of names that torch is giving up
+        torch.onnx.export(
+            classifier, (images,), path, dynamo=True, input_names=["images"], output_names=["logits"],
+            dynamic_shapes=({0: batch},), external_data=False, verbose=False,
+        )  # fmt: skip
 
 
 def _run_onnx(path: Path, images: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from soteacher.networks import Job
+from soteacher.networks import Job, jobs_of
 from soteacher.report import summary_sentence, summary_table
-from soteacher.run_folder import LOG
+from soteacher.run_folder import LOG, network_folder, read_config
 
 SECONDS_BETWEEN_LINES = 5.0
 """In a pipe, a network's epochs are not told more often than this."""
@@ -28,9 +28,10 @@ class ProgressDisplay:
         self._log: TextIO | None = None
         self._tasks: dict[Job, TaskID] = {}
         self._told: dict[Job, float] = {}
+        self._all: TaskID | None = None
         self._bars = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12 if self._console.width < 110 else 30),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True),
             console=self._console,
@@ -58,13 +59,24 @@ class ProgressDisplay:
         total = event["epochs"] * event["steps_per_epoch"]
         self._bars.start()  # not before: a download has bars of its own, and a terminal shows one set at a time
         if job not in self._tasks:
-            self._tasks[job] = self._bars.add_task(job.name, total=total, figures="")
+            self._start_all()
+            self._tasks[job] = self._bars.add_task(f"{job.arm}/{job.seed}", total=total, figures="")
         figures = (
-            f"epoch {event['epoch'] + 1}/{event['epochs']}  loss {event['loss']:.3f}  "
-            f"accuracy {100 * event['accuracy']:.1f} %  {event['images_per_second']:,.0f} images/s"
+            f"{event['epoch'] + 1}/{event['epochs']} loss {event['loss']:.2f} acc {100 * event['accuracy']:.1f}% "
+            f"{event['images_per_second']:,.0f} img/s"
         )
         done = event["epoch"] * event["steps_per_epoch"] + event["step"]
         self._bars.update(self._tasks[job], completed=done, figures=figures)
+
+    def _start_all(self) -> None:
+        """Show how many networks of the study are finished."""
+        if self._all is None:
+            jobs = jobs_of(read_config(self._run))
+            folders = (network_folder(self._run, job.role, job.arm, job.seed) for job in jobs)
+            finished = sum((folder / "model.json").exists() for folder in folders)
+            self._all = self._bars.add_task(
+                f"all {len(jobs)} networks", total=len(jobs), completed=finished, figures=""
+            )
 
     def _epoch(self, job: Job, event: Mapping[str, Any]) -> None:
         line = (
@@ -82,6 +94,8 @@ class ProgressDisplay:
     def _finished(self, job: Job, row: Mapping[str, Any]) -> None:
         if job in self._tasks:
             self._bars.remove_task(self._tasks.pop(job))
+        if self._all is not None:
+            self._bars.advance(self._all)
         line = (
             f"{job.name}: finished, test accuracy {100 * row['accuracy_last']:.2f} % "
             f"(train {100 * row['train_accuracy']:.2f} %), {row['train_seconds']:.0f} s"
@@ -133,7 +147,7 @@ def print_results(results: dict[str, Any], run: Path) -> None:
         table = summary_table(results)
         rich_table = Table()
         for column, numeric in zip(table.columns, table.numeric, strict=True):
-            rich_table.add_column(column, justify="right" if numeric else "left")
+            rich_table.add_column(column, justify="right" if numeric else "left", overflow="fold")
         for row in table.rows:
             rich_table.add_row(*row)
         console.print(rich_table)
@@ -144,4 +158,6 @@ def print_results(results: dict[str, Any], run: Path) -> None:
         for row in teachers:
             accuracy = f"{100 * row['accuracy_last']:.2f} %"
             console.print(f"{row['arm']}/seed{row['seed']}: test accuracy {accuracy}", highlight=False, markup=False)
-    console.print(f"report: {run / 'report.html'}", highlight=False, soft_wrap=True, markup=False)
+    networks = f"networks: {run}/{'students' if results['summary'] else 'teachers'}/ARM/seedN/model.safetensors"
+    for line in (networks, f"report: {run / 'report.html'}"):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
