@@ -8,10 +8,7 @@ processor time of all threads; where other programs run, the second is the stead
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from soteacher.environment import environment
 from soteacher.errors import InputError
 from soteacher.files import write_json
 from soteacher.models.zoo import build_network
@@ -49,7 +47,10 @@ def main() -> None:
     settings = {"model": arguments.model, "batch_size": arguments.batch_size, "rounds": arguments.rounds}
     Console().print(_table(result, title=f"{arguments.model}, batch {arguments.batch_size}, training step on the CPU"))
     if arguments.json is not None:
-        write_json(arguments.json, {"settings": settings, "machine": machine(), **result, "step_seconds": seconds})
+        write_json(
+            arguments.json,
+            {"settings": settings, "machine": environment("cpu", arguments.threads), **result, "step_seconds": seconds},
+        )
 
 
 def measure(model: str, *, batch_size: int, rounds: int) -> dict[str, dict[str, list[float]]]:
@@ -101,39 +102,6 @@ def ratio(seconds: dict[str, list[float]]) -> dict[str, float]:
     ratios = [second / first for first, second in zip(plain, regularised, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     return {"median": middle, "quartile_low": low, "quartile_high": high}
-
-
-def machine() -> dict[str, Any]:
-    """Return what the numbers depend on besides the code."""
-    return {
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": _commit(),
-    }
-
-
-def _cpu_model() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """Return the commit of this repository, with ``+`` where files differ from it; ``None`` outside a repository."""
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
 
 
 def _table(result: dict[str, Any], *, title: str) -> Table:

@@ -11,6 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from soteacher import studies
+from soteacher.recipes import read_study
+from soteacher.studies import run_study
+
 TIMES = ("seconds", "images_per_second", "train_seconds")
 
 
@@ -94,6 +98,42 @@ class TinyNetwork(nn.Module):
 def tiny_network() -> type[TinyNetwork]:
     """A network's class; it is a factory as well."""
     return TinyNetwork
+
+
+@pytest.fixture
+def tiny_study(tiny_tree: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Make the tiny study with the tiny network instead of a ResNet."""
+
+    def make(**over: Any) -> dict[str, Any]:
+        tree = tiny_tree() | over
+        for spec in (*tree["teachers"].values(), *tree["students"].values()):
+            if "model" in spec:
+                spec["model"] = "tiny"
+        return tree
+
+    return make
+
+
+@pytest.fixture
+def train(tiny_network: Callable[[int, int], nn.Module]) -> Callable[..., dict[str, Any]]:
+    """Run a study of tiny networks in this process."""
+
+    def run(tree: dict[str, Any], folder: Path, **options: Any) -> dict[str, Any]:
+        return run_study(read_study(tree), folder, factories={"tiny": tiny_network}, **options)
+
+    return run
+
+
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the page out, which takes longer than the training."""
+    monkeypatch.setattr(studies, "write_report", lambda _: None)
+
+
+@pytest.fixture
+def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads on tiny tensors wait for each other most of the time."""
+    monkeypatch.setattr(studies, "available_cores", lambda: 1)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import yaml
 
-from soteacher.config import StudyConfig, Student, TrainedTeacher, differences, terms_of, to_yaml
+from soteacher.config import Student, StudyConfig, TrainedTeacher, differences, terms_of, to_yaml
 from soteacher.errors import InputError
 from soteacher.settings import parse
 
@@ -94,7 +94,8 @@ def test_to_yaml_reads_back_equal(tmp_path: Path) -> None:
     study = _study(
         data={"source": "npz", "path": str(tmp_path / "a b.npz"), "mean": [0.5], "std": [0.25]},
         training={"optimizer": {"name": "adamw", "betas": [0.8, 0.99]}, "schedule": {"name": "cosine"}},
-        teachers=TREE["teachers"] | {"none": {"model": "resnet8", "terms": {"cross_entropy": {"label_smoothing": 0.1}}}},
+        teachers=TREE["teachers"]
+        | {"none": {"model": "resnet8", "terms": {"cross_entropy": {"label_smoothing": 0.1}}}},
         description="Grüße: one # two",
     )
     again = parse(StudyConfig, yaml.safe_load(to_yaml(study)))
@@ -120,11 +121,31 @@ def test_to_yaml_reads_back_equal(tmp_path: Path) -> None:
         ("teachers.standard.model", 3, "teachers.standard.model: should be a valid string, got 3"),
         ("teachers.standard", {"method": "standard"}, "teachers.standard.model: missing, and needed"),
         ("teachers.standard.metod", "kd", "teachers.standard: unknown key 'metod'; did you mean method"),
-        ("teachers.standard.method", "soteacherr", "teachers.standard.method: unknown method 'soteacherr'; did you mean"),
-        ("teachers.standard.method", "kd", "teachers.standard.method: kd is a method for a student, wanted one for a teac"),
-        ("students.kd.method", "soteacher", "students.kd.method: soteacher is a method for a teacher, wanted one for a s"),
-        ("teachers.standard.terms", {"kd": {}}, "teachers.standard: kd reads a teacher, and a teacher is trained without"),
-        ("teachers.standard.terms", {"lipshitz": {}}, "teachers.standard.terms: unknown objective 'lipshitz'; did you mea"),
+        (
+            "teachers.standard.method",
+            "soteacherr",
+            "teachers.standard.method: unknown method 'soteacherr'; did you mean",
+        ),
+        (
+            "teachers.standard.method",
+            "kd",
+            "teachers.standard.method: kd is a method for a student, wanted one for a teac",
+        ),
+        (
+            "students.kd.method",
+            "soteacher",
+            "students.kd.method: soteacher is a method for a teacher, wanted one for a s",
+        ),
+        (
+            "teachers.standard.terms",
+            {"kd": {}},
+            "teachers.standard: kd reads a teacher, and a teacher is trained without",
+        ),
+        (
+            "teachers.standard.terms",
+            {"lipshitz": {}},
+            "teachers.standard.terms: unknown objective 'lipshitz'; did you mea",
+        ),
         (
             "teachers.standard.terms",
             {"lipschitz": {"weight": -1}},
@@ -141,21 +162,45 @@ def test_to_yaml_reads_back_equal(tmp_path: Path) -> None:
             "students.kd.terms.kd.temperature: should be greater than 0, got 0",
         ),
         ("teachers.standard.terms", {"cross_entropy": None}, "teachers.standard.terms: every term is left out"),
-        ("teachers.standard.terms", {"cross_entropy": 3}, "teachers.standard.terms.cross_entropy: should be a valid dict"),
-        ("teachers.standard.training", {"epochs": 0}, "teachers.standard.training.epochs: should be greater than or equal"),
+        (
+            "teachers.standard.terms",
+            {"cross_entropy": 3},
+            "teachers.standard.terms.cross_entropy: should be a valid dict",
+        ),
+        (
+            "teachers.standard.training",
+            {"epochs": 0},
+            "teachers.standard.training.epochs: should be greater than or equal",
+        ),
         ("students.kd.training", {"epoch": 1}, "students.kd.training: unknown key 'epoch'; did you mean epochs"),
-        ("teachers.early.from", "standrad", "teachers.early.from: unknown trained teacher 'standrad'; did you mean stand"),
-        ("teachers.early.from", "old", "teachers.early.from: unknown trained teacher 'old'; known: soteacher, standard"),
+        (
+            "teachers.early.from",
+            "standrad",
+            "teachers.early.from: unknown trained teacher 'standrad'; did you mean stand",
+        ),
+        (
+            "teachers.early.from",
+            "old",
+            "teachers.early.from: unknown trained teacher 'old'; known: soteacher, standard",
+        ),
         ("teachers.early.after", 11, "teachers.early.after: 11 is past the end of 10 epochs"),
         ("teachers.early.after", 2.5, "teachers.early.after: 2.5 is neither a share of the run below 1 nor a whole"),
         ("teachers.early.after", 0, "teachers.early.after: should be greater than 0, got 0"),
-        ("students.hot.teachers", ["sotacher"], "students.hot.teachers: unknown teacher 'sotacher'; did you mean soteache"),
+        (
+            "students.hot.teachers",
+            ["sotacher"],
+            "students.hot.teachers: unknown teacher 'sotacher'; did you mean soteache",
+        ),
         ("students.alone.teachers", ["standard"], "students.alone.teachers: no term of the loss reads a teacher"),
         ("teachers.a-b", {"model": "resnet8"}, "teachers.a-b: String should match pattern"),
         ("training.epochs", 0, "training.epochs: should be greater than or equal to 1, got 0"),
         ("logging", ["tensorbord"], "logging.0: should be 'tensorboard', 'wandb' or 'mlflow', got 'tensorbord'"),
         ("teachers", [], "teachers: should be a valid dictionary, got []"),
-        ("teachers.standard", "wrn_16_2", "teachers.standard: should be a valid dictionary or instance of TrainedTeacher"),
+        (
+            "teachers.standard",
+            "wrn_16_2",
+            "teachers.standard: should be a valid dictionary or instance of TrainedTeacher",
+        ),
     ],
 )
 def test_a_study_says_in_one_line_what_came_and_what_was_wanted(path: str, value: Any, message: str) -> None:
@@ -210,9 +255,21 @@ def test_a_study_of_teachers_alone_may_get_students() -> None:
         ("seeds", [0], "seeds: [0, 1] in the folder, [0] now"),
         ("data.source", "fashion_mnist", "data.source: fashion_mnist_small in the folder, fashion_mnist now"),
         ("students.hot.model", "resnet20", "students.hot.model: resnet8 in the folder, resnet20 now"),
-        ("teachers.standard.terms", {"lipschitz": {"weight": 2}}, "teachers.standard.terms.lipschitz.weight: nothing in the "),
-        ("teachers.standard.terms", {"lipschitz": {}}, "teachers.standard.terms.lipschitz: nothing in the folder, {} now"),
-        ("teachers.soteacher.terms", {}, "teachers.soteacher.terms.lipschitz.weight: 0.0001 in the folder, nothing now"),
+        (
+            "teachers.standard.terms",
+            {"lipschitz": {"weight": 2}},
+            "teachers.standard.terms.lipschitz.weight: nothing in the ",
+        ),
+        (
+            "teachers.standard.terms",
+            {"lipschitz": {}},
+            "teachers.standard.terms.lipschitz: nothing in the folder, {} now",
+        ),
+        (
+            "teachers.soteacher.terms",
+            {},
+            "teachers.soteacher.terms.lipschitz.weight: 0.0001 in the folder, nothing now",
+        ),
         ("teachers.early.after", 0.7, "teachers.early.after: 0.5 in the folder, 0.7 now"),
         ("baseline", None, "baseline: standard-kd in the folder, None now"),
     ],

@@ -26,14 +26,19 @@ def test_replacing_puts_the_whole_file_in_place(tmp_path: Path) -> None:
 def test_replacing_leaves_the_old_file_and_nothing_else_on_failure(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "file.txt"
     path.write_text("old")
-    with pytest.raises(error), replacing(path) as part:
-        part.write_text("half")
-        raise error
+
+    def fail() -> None:
+        with replacing(path) as part:
+            part.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def _full(*arguments: object) -> None:
+def _full(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 

@@ -19,7 +19,9 @@ def test_every_method_has_a_whole_page(name: str) -> None:
 
 
 def test_the_loss_shows_weights_and_ramps() -> None:
-    assert "Loss = 1 `cross_entropy` + 1e-05 `lipschitz` + 1 `consistency` (linear ramp)" in describe_method("soteacher")
+    assert "Loss = 1 `cross_entropy` + 1e-05 `lipschitz` + 1 `consistency` (linear ramp)" in describe_method(
+        "soteacher"
+    )
     assert "Loss = 0.5 `cross_entropy` + 0.5 `kd`" in describe_method("kd")
 
 
@@ -34,5 +36,5 @@ def test_an_unknown_method_offers_the_nearest() -> None:
 
 
 def test_markdown_turns_mathematics_and_roles() -> None:
-    text = "Mean of :math:`n + 1`.\n\n.. math:: a / b\n\n.. math::\n    c \\\\\n    d\n\nSee :func:`~one.two.three`, ``x``."
+    text = "Mean of :math:`n + 1`.\n\n.. math:: a / b\n\n.. math::\n    c \\\\\n    d\n\nSee :func:`~one.three`, ``x``."
     assert markdown(text).split("\n\n") == ["Mean of $n + 1$.", "$$ a / b $$", "$$ c \\\\ d $$", "See `three`, `x`."]

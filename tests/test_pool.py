@@ -13,7 +13,7 @@ import pytest
 from soteacher.errors import InputError, InterruptedRunError, WorkerDiedError
 from soteacher.pool import Work, available_cores, default_workers, run_side_by_side
 
-WORKER = '''
+WORKER = """
 import json, os, signal, sys, time
 
 busy, asked = False, False
@@ -55,7 +55,7 @@ for line in sys.stdin:
             break
         answer(event="done", time=time.monotonic())
     busy = False
-'''
+"""
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_nothing_to_do_starts_nothing(pool) -> None:
 def test_a_network_that_fails_stops_the_others(pool) -> None:
     works = [_work("bad", do="fail"), _work("good", seconds=60), _work("never")]
     began = time.monotonic()
-    with pytest.raises(InputError, match="^student bad: the loss is not finite$"):
+    with pytest.raises(InputError, match=r"^student bad: the loss is not finite$"):
         pool(works)
     assert time.monotonic() - began < 20
     assert "never" not in _order(pool.events, "started")
@@ -157,7 +157,7 @@ def test_an_idle_worker_that_dies_is_reported(pool) -> None:
             os.kill(pid, signal.SIGKILL)
 
     works = [_work("long", seconds=60), _work("short"), _work("waits", needs="long")]
-    with pytest.raises(WorkerDiedError, match="^a worker process was killed by SIGKILL;"):
+    with pytest.raises(WorkerDiedError, match=r"^a worker process was killed by SIGKILL;"):
         pool(works, on_event=kill_the_idle_one)
 
 
@@ -166,7 +166,7 @@ def test_a_worker_that_cannot_start_is_reported(tmp_path: Path) -> None:
     with pytest.raises(WorkerDiedError, match="ended with status 7"):
         run_side_by_side(
             [_work("a", filler="x" * 200_000), _work("b")], command, workers=2, threads=1, log=tmp_path / "log.txt",
-            keep=2, on_event=lambda key, event: None, should_stop=lambda: False,
+            keep=2, on_event=lambda *_: None, should_stop=lambda: False,
         )  # fmt: skip
 
 
@@ -206,7 +206,7 @@ def test_a_worker_stopped_from_outside_stops_the_run(pool) -> None:
 
 
 def test_an_error_of_the_display_stops_the_workers(pool) -> None:
-    def fails(key: Any, event: dict[str, Any]) -> None:
+    def fails(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
@@ -215,10 +215,15 @@ def test_an_error_of_the_display_stops_the_workers(pool) -> None:
 
 def test_workers_keep_the_lock_open(tmp_path: Path) -> None:
     reading, writing = os.pipe()
-    script = "import json, os, sys\nfor line in sys.stdin:\n  os.write(int(sys.argv[1]), b'held'); print(json.dumps({'event': 'done'}), flush=True)"
+    script = """
+import os, sys
+for line in sys.stdin:
+    os.write(int(sys.argv[1]), b"held")
+    print('{"event": "done"}', flush=True)
+"""
     run_side_by_side(
         [_work("a")], [sys.executable, "-S", "-c", script, str(writing)], workers=1, threads=1,
-        log=tmp_path / "log.txt", keep=writing, on_event=lambda key, event: None, should_stop=lambda: False,
+        log=tmp_path / "log.txt", keep=writing, on_event=lambda *_: None, should_stop=lambda: False,
     )  # fmt: skip
     assert os.read(reading, 10) == b"held"
     os.close(reading)

@@ -5,7 +5,7 @@ from soteacher.randomness import derive_seed, generator
 
 def test_derive_seed_is_the_same_everywhere() -> None:
     # blake2b with an 8-byte digest of "0/order/3", as big-endian number, without its lowest bit.
-    assert derive_seed(0, "order", 3) == 0x06561af60aa54498 >> 1
+    assert derive_seed(0, "order", 3) == 0x06561AF60AA54498 >> 1
 
 
 def test_derive_seed_fits_torch() -> None:
@@ -16,7 +16,10 @@ def test_derive_seed_fits_torch() -> None:
 
 
 def test_derive_seed_tells_purposes_apart() -> None:
-    assert len({derive_seed(0, "a"), derive_seed(0, "b"), derive_seed(0), derive_seed(0, "a", 0), derive_seed(1, "a")}) == 5
+    assert (
+        len({derive_seed(0, "a"), derive_seed(0, "b"), derive_seed(0), derive_seed(0, "a", 0), derive_seed(1, "a")})
+        == 5
+    )
 
 
 def test_generator_draws_the_same_again_and_leaves_the_global_state() -> None:

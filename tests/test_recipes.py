@@ -47,7 +47,11 @@ def test_settings_are_laid_over_a_tree_and_leave_it_alone(tiny_tree: Any) -> Non
         ("../quickstart", [], "../quickstart: no readable study: No such file or directory"),
         ("nothing.yaml", [], "nothing.yaml: no readable study: No such file or directory"),
         ("quickstart", ["training.epoch=3"], "recipe quickstart: training: unknown key 'epoch'; did you mean epochs"),
-        ("quickstart", ["training.epochs=0"], "recipe quickstart: training.epochs: should be greater than or equal to 1"),
+        (
+            "quickstart",
+            ["training.epochs=0"],
+            "recipe quickstart: training.epochs: should be greater than or equal to 1",
+        ),
         ("quickstart", ["epochs"], "--set wants path.to.field=value, got 'epochs'"),
         ("quickstart", ["a..b=1"], "recipe quickstart: unknown key 'a'; known:"),
     ],

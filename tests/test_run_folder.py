@@ -121,7 +121,7 @@ def test_claim_removes_what_a_kill_left(run: Path, study: StudyConfig) -> None:
 
 
 def test_read_config_refuses_a_folder_without_a_run(run: Path) -> None:
-    with pytest.raises(InputError, match="holds no run: there is no config.yaml in it"):
+    with pytest.raises(InputError, match=r"holds no run: there is no config.yaml in it"):
         read_config(run)
 
 

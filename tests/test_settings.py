@@ -36,7 +36,9 @@ def _message(value: object, **more: str) -> str:
 
 def test_parse_returns_frozen_settings() -> None:
     drawing = parse(_Drawing, {"title": "one", "shape": {"kind": "square", "side": 2}, "from": "there"})
-    assert drawing == _Drawing.model_validate({"title": "one", "shape": _Square(kind="square", side=2), "from": "there"})
+    assert drawing == _Drawing.model_validate(
+        {"title": "one", "shape": _Square(kind="square", side=2), "from": "there"}
+    )
     with pytest.raises(ValueError, match="frozen"):
         drawing.title = "two"  # pyright: ignore[reportAttributeAccessIssue]
 

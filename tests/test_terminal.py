@@ -6,7 +6,10 @@ import pytest
 from rich.console import Console
 
 from soteacher import terminal
-from soteacher.networks import Job
+from soteacher.config import to_yaml
+from soteacher.files import write_text
+from soteacher.recipes import read_study
+from soteacher.study import Job
 from soteacher.terminal import DownloadBar, ProgressDisplay, print_results
 
 JOB = Job("student", "standard-kd", 0)
@@ -28,36 +31,41 @@ def on_terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """Show everything on a terminal of 100 columns; return what it was sent."""
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=100, color_system=None, legacy_windows=False)
-    monkeypatch.setattr(terminal, "Console", lambda **settings: console)
+    monkeypatch.setattr(terminal, "Console", lambda **_: console)
     return screen
 
 
-def test_a_pipe_gets_plain_lines_and_the_log_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with ProgressDisplay(tmp_path) as display:
+@pytest.fixture
+def run(tmp_path: Path, tiny_tree: Any) -> Path:
+    """A run's folder that holds nothing but its settings."""
+    write_text(tmp_path / "config.yaml", to_yaml(read_study(tiny_tree())))
+    return tmp_path
+
+
+def test_a_pipe_gets_plain_lines_and_the_log_the_same(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressDisplay(run) as display:
         for event in (STEP, EPOCH, STEP, FINISHED):
             display(JOB, event)
     assert capsys.readouterr().out == EPOCH_LINE + FINISHED_LINE
-    assert (tmp_path / "log.txt").read_text() == EPOCH_LINE + FINISHED_LINE
+    assert (run / "log.txt").read_text() == EPOCH_LINE + FINISHED_LINE
 
 
-def test_a_pipe_is_not_flooded_and_the_log_has_every_epoch(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with ProgressDisplay(tmp_path) as display:
+def test_a_pipe_is_not_flooded_and_the_log_has_every_epoch(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressDisplay(run) as display:
         for epoch in range(3):
             display(JOB, EPOCH | {"epoch": epoch})
         display(Job("teacher", "standard", 0), EPOCH)
     assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == [
         "student standard-kd/seed0: epoch 1/9", "teacher standard/seed0: epoch 2/9",
     ]  # fmt: skip
-    assert len((tmp_path / "log.txt").read_text().splitlines()) == 4
+    assert len((run / "log.txt").read_text().splitlines()) == 4
 
 
-def test_the_log_of_a_resumed_run_goes_on(tmp_path: Path) -> None:
+def test_the_log_of_a_resumed_run_goes_on(run: Path) -> None:
     for _ in range(2):
-        with ProgressDisplay(tmp_path) as display:
+        with ProgressDisplay(run) as display:
             display(JOB, FINISHED)
-    assert (tmp_path / "log.txt").read_text() == 2 * FINISHED_LINE
+    assert (run / "log.txt").read_text() == 2 * FINISHED_LINE
 
 
 def test_nothing_is_written_where_nothing_happens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,27 +75,28 @@ def test_nothing_is_written_where_nothing_happens(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().out == ""
 
 
-def test_a_terminal_gets_bars(tmp_path: Path, on_terminal: io.StringIO) -> None:
-    with DownloadBar() as bar, ProgressDisplay(tmp_path) as display:
+def test_a_terminal_gets_bars(run: Path, on_terminal: io.StringIO) -> None:
+    with DownloadBar() as bar, ProgressDisplay(run) as display:
         bar("archive.tar.gz", 1, 2)
         bar("archive.tar.gz", 2, 2)
         display(JOB, STEP)
     shown = on_terminal.getvalue()
     assert "archive.tar.gz" in shown
-    assert "epoch 2/9  loss 0.500  accuracy 75.0 %  1,234 images/s" in shown
-    with ProgressDisplay(tmp_path) as display:
+    assert "all 5 networks" in shown
+    assert "2/9 loss 0.50 acc 75.0% 1,234 img/s" in shown
+    with ProgressDisplay(run) as display:
         for event in (STEP, EPOCH, FINISHED):
             display(JOB, event)
     shown = on_terminal.getvalue()
     assert FINISHED_LINE.strip() in shown.replace("\n", " ")
-    assert (tmp_path / "log.txt").read_text() == EPOCH_LINE + FINISHED_LINE
+    assert (run / "log.txt").read_text() == EPOCH_LINE + FINISHED_LINE
 
 
-def test_a_download_that_does_not_end_makes_room_for_the_training(tmp_path: Path, on_terminal: io.StringIO) -> None:
-    with DownloadBar() as bar, ProgressDisplay(tmp_path) as display:
+def test_a_download_that_does_not_end_makes_room_for_the_training(run: Path, on_terminal: io.StringIO) -> None:
+    with DownloadBar() as bar, ProgressDisplay(run) as display:
         bar("archive.tar.gz", 1, None)
         display(JOB, STEP)
-    assert "loss 0.500" in on_terminal.getvalue()
+    assert "loss 0.50" in on_terminal.getvalue()
 
 
 def test_a_download_into_a_pipe_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,4 +131,4 @@ def test_results_show_every_arm_and_a_sentence_for_each_comparison(
 
 def test_results_of_teachers_alone_are_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     print_results({"rows": [_row("teacher", "soteacher", None, 0.5)], "summary": []}, tmp_path)
-    assert capsys.readouterr().out.startswith("soteacher/seed0: test accuracy 50.00 %\nreport: ")
+    assert capsys.readouterr().out.startswith("soteacher/seed0: test accuracy 50.00 %\n")

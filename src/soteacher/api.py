@@ -8,19 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from soteacher.config import FileTeacher
-from soteacher.data import DataSet, EvaluationLoader, load_data
+from soteacher.data import DataSet, load_data
 from soteacher.errors import InputError
 from soteacher.export import Format, export_classifier
 from soteacher.files import read_json
 from soteacher.models.classifier import Classifier, NetworkSpec
 from soteacher.models.weights import FACTS_FILE, load_classifier, load_weights, read_weights
-from soteacher.networks import EVALUATION_BATCH, NetworkFactory, OnEvent, Study, find_network, load_teacher_file
 from soteacher.recipes import read_study
 from soteacher.studies import pick_device, run_study
+from soteacher.study import NetworkFactory, OnEvent, Study, evaluation_batches, find_network, load_teacher_file
 from soteacher.train.evaluate import evaluate as evaluate_classifier
 
 Model = str | nn.Module | Callable[[int, int], nn.Module]
@@ -182,10 +181,9 @@ def evaluate(
     if split not in ("test", "train"):
         raise InputError(f"unknown split {split!r}; known: test, train")
     classifier, _, images = _network_and_data(path, data, model, data_root, device)
-    loader = EvaluationLoader(
-        getattr(images, split), batch_size=EVALUATION_BATCH, device=torch.device(pick_device(device))
-    )
-    return asdict(evaluate_classifier(classifier.to(pick_device(device)), loader))
+    device = pick_device(device)
+    batches = evaluation_batches(images.test if split == "test" else images.train, device)
+    return asdict(evaluate_classifier(classifier.to(device), batches))
 
 
 def export(
@@ -211,8 +209,8 @@ def export(
         The largest difference of a logit from PyTorch's, relative to the largest logit.
     """
     classifier, network, images = _network_and_data(path, data, model, data_root, "cpu")
-    batch = next(iter(EvaluationLoader(images.test, batch_size=64, device=torch.device("cpu"))))
-    return export_classifier(classifier, network, batch.images, Path(out), form=form)
+    batch = next(iter(evaluation_batches(images.test, "cpu")))
+    return export_classifier(classifier, network, batch.images[:64], Path(out), form=form)
 
 
 def _network_and_data(

@@ -7,25 +7,36 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher, terms_of
-from soteacher.data import DataSet, EvaluationLoader, TrainLoader
+from soteacher.data import TrainLoader
 from soteacher.errors import InputError
 from soteacher.files import read_json, write_tensors, write_text
-from soteacher.models.classifier import Classifier, NetworkSpec, network_spec
+from soteacher.models.classifier import Classifier, NetworkSpec
 from soteacher.models.taps import Tapped, resolve_taps
-from soteacher.models.weights import load_weights, read_weights, save_classifier
-from soteacher.models.zoo import build_network
-from soteacher.objective import ObjectiveConfig
+from soteacher.models.weights import save_classifier
+from soteacher.objective import Term
 from soteacher.randomness import derive_seed
-from soteacher.run_folder import network_folder
+from soteacher.study import (
+    Job,
+    OnEvent,
+    Study,
+    evaluation_batches,
+    jobs_of,
+    load_finished,
+    load_teacher_file,
+    new_classifier,
+    restored,
+    spec_of,
+    task_of,
+)
 from soteacher.train.checkpoint import Checkpoint
 from soteacher.train.config import TrainingConfig, epochs_at
 from soteacher.train.evaluate import Evaluation, evaluate
@@ -33,65 +44,6 @@ from soteacher.train.logs import open_loggers
 from soteacher.train.loop import StepReport, Trainee, fabric_for, fit
 from soteacher.train.optimizer import build_optimizer
 from soteacher.train.teacher_signal import LiveTeacher
-from soteacher.types import Task
-
-EVALUATION_BATCH = 128
-
-NetworkFactory = Callable[[int, int], nn.Module]
-"""``(num_classes, in_channels) -> network``: a network of the caller's own, by a name that the study uses."""
-OnEvent = Callable[["Job", dict[str, Any]], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One network of a study."""
-
-    role: Literal["teacher", "student"]
-    arm: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """``student soteacher-kd/seed0``: how the network is called in messages."""
-        return f"{self.role} {self.arm}/seed{self.seed}"
-
-
-@dataclass(frozen=True)
-class Study:
-    """A study at work: its settings, its folder, its data."""
-
-    config: StudyConfig
-    folder: Path
-    data: DataSet
-    device: str
-    factories: Mapping[str, NetworkFactory] = field(default_factory=dict[str, NetworkFactory])
-
-    def folder_of(self, job: Job) -> Path:
-        """Return where a network lies."""
-        return network_folder(self.folder, job.role, job.arm, job.seed)
-
-    def finished(self, job: Job) -> bool:
-        """Return whether the network is trained: its ``model.json`` is written last."""
-        return (self.folder_of(job) / "model.json").exists()
-
-
-def jobs_of(config: StudyConfig) -> dict[Job, Job | None]:
-    """Return the networks of a study in the order of their training, each with the one that it needs."""
-    jobs: dict[Job, Job | None] = {}
-    for seed in config.seeds:
-        for name, teacher in config.teachers.items():
-            source = Job("teacher", teacher.teacher, seed) if isinstance(teacher, SavedTeacher) else None
-            jobs[Job("teacher", name, seed)] = source
-    for seed in config.seeds:
-        for arm in config.arms():
-            jobs[Job("student", arm.name, seed)] = Job("teacher", arm.teacher, seed) if arm.teacher else None
-    # A teacher that is an earlier state of another comes after it, wherever it stands in the settings.
-    return dict(sorted(jobs.items(), key=lambda item: (item[0].role == "student", _depth(jobs, item[0]))))
-
-
-def _depth(jobs: Mapping[Job, Job | None], job: Job) -> int:
-    needed = jobs.get(job)
-    return 0 if needed is None else 1 + _depth(jobs, needed)
 
 
 def train_network(study: Study, job: Job, *, on_event: OnEvent, should_stop: Callable[[], bool]) -> None:
@@ -104,13 +56,6 @@ def train_network(study: Study, job: Job, *, on_event: OnEvent, should_stop: Cal
     else:
         _train(study, job, spec, on_event=on_event, should_stop=should_stop)
     on_event(job, {"event": "finished", "row": read_json(study.folder_of(job) / "model.json")["row"]})
-
-
-def spec_of(config: StudyConfig, job: Job) -> TrainedTeacher | SavedTeacher | FileTeacher | Student:
-    """Return the settings of a network of a study."""
-    if job.role == "teacher":
-        return config.teachers[job.arm]
-    return config.students[next(arm.student for arm in config.arms() if arm.name == job.arm)]
 
 
 def _teacher_job(study: Study, job: Job) -> Job | None:
@@ -126,45 +71,54 @@ def _train(
     should_stop: Callable[[], bool],
 ) -> None:
     """Put a network, its loss, its data and its teacher together, run the loop, save what comes out."""
-    folder, training = study.folder_of(job), study.config.training_of(spec)
-    terms = {name: config.term(task_of(study.data)) for name, config in terms_of(spec).items()}
-    features = sorted({name for term in terms.values() for name in term.objective.features})
+    training, terms, task = study.config.training_of(spec), terms_of(spec), task_of(study.data)
     torch.manual_seed(derive_seed(job.seed, job.role, "weights"))  # arms of one seed start from the same weights
     classifier, network = new_classifier(study, spec.model, pretrained=spec.pretrained)
-    fabric = fabric_for(study.device, training.precision)
-    if training.channels_last:
-        classifier.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] an overload torch lacks
-    forward = Tapped(classifier, resolve_taps(classifier, features))
-    objectives = nn.ModuleList(term.objective for term in terms.values()).to(fabric.device)
-    optimizer: Any = build_optimizer(training.optimizer, [*classifier.parameters(), *objectives.parameters()])
-    called, optimizer = fabric.setup(_compiled(forward, training), optimizer)
-    teacher_job = _teacher_job(study, job)
-    teacher = None
-    if teacher_job is not None:
-        teacher_network = _load_finished(study, teacher_job)[0].to(fabric.device).eval().requires_grad_(False)
-        if training.channels_last:
-            teacher_network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] as above
-        tapped = Tapped(teacher_network, resolve_taps(teacher_network, features)).eval()
-        teacher = LiveTeacher(fabric.setup_module(_compiled(tapped, training)))
-    trainee = Trainee(
-        network=classifier.network, forward=called, terms=tuple(terms.values()), optimizer=optimizer,
-        teacher=teacher, fabric=fabric, config=training, seed=derive_seed(job.seed, job.role, "training"),
-    )  # fmt: skip
+    trainee = _trainee(study, job, classifier, training, [config.term(task) for config in terms.values()])
     batches = TrainLoader(
         study.data.train, batch_size=training.batch_size, augment=study.config.data.augment,
-        seed=derive_seed(job.seed, job.role, "data"), device=fabric.device,
+        seed=derive_seed(job.seed, job.role, "data"), device=trainee.fabric.device, workers=torch.get_num_threads(),
     )  # fmt: skip
-    fingerprint = _fingerprint(study, job, network, terms_of(spec), training, teacher_job)
-    checkpoint = Checkpoint(folder / "resume", fingerprint)
+    fingerprint = _fingerprint(study, job, network, spec)
+    checkpoint = Checkpoint(study.folder_of(job) / "resume", fingerprint)
     history = _fit(study, job, trainee, batches, classifier, checkpoint, on_event=on_event, should_stop=should_stop)
     facts = {
         "method": spec.method,
-        "terms": {name: config.model_dump(mode="json") for name, config in terms_of(spec).items()},
+        "terms": {name: config.model_dump(mode="json") for name, config in terms.items()},
         "training": training.model_dump(mode="json"),
         "fingerprint": fingerprint,
     }
     _finish(study, job, classifier, network, history, facts)
     checkpoint.remove()
+
+
+def _trainee(
+    study: Study, job: Job, classifier: Classifier, training: TrainingConfig, terms: Sequence[Term[Any]]
+) -> Trainee:
+    """Set a network up for its device and precision, with its objectives, optimiser and teacher."""
+    fabric = fabric_for(study.device, training.precision)
+    features = sorted({name for term in terms for name in term.objective.features})
+    objectives = nn.ModuleList(term.objective for term in terms).to(fabric.device)
+    forward = _callable(classifier, features, training)
+    optimizer: Any = build_optimizer(training.optimizer, [*classifier.parameters(), *objectives.parameters()])
+    called, optimizer = fabric.setup(forward, optimizer)
+    teacher, teacher_job = None, _teacher_job(study, job)
+    if teacher_job is not None:
+        network = load_finished(study, teacher_job)[0].requires_grad_(False)
+        teacher = LiveTeacher(fabric.setup_module(_callable(network, features, training).eval()))
+    return Trainee(
+        network=classifier.network, forward=called, terms=tuple(terms), optimizer=optimizer, teacher=teacher,
+        fabric=fabric, config=training, seed=derive_seed(job.seed, job.role, "training"),
+    )  # fmt: skip
+
+
+def _callable(classifier: Classifier, features: Sequence[str], training: TrainingConfig) -> nn.Module:
+    """Return a classifier as the loop calls it: it gives logits and features, and may be compiled."""
+    if training.channels_last:
+        classifier.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] an overload torch lacks
+    tapped = Tapped(classifier, resolve_taps(classifier, features))
+    compiled: Any = torch.compile(tapped) if training.compile else tapped
+    return compiled
 
 
 def _fit(
@@ -184,7 +138,7 @@ def _fit(
     lines = checkpoint.history()  # not those of metrics.jsonl: a kill may have come between the two
     name = f"{study.config.name}/{study.folder.name}/{job.role}s/{job.arm}/seed{job.seed}"
     loggers = open_loggers(study.config.logging, folder, name, start_epoch=len(lines))
-    test = EvaluationLoader(study.data.test, batch_size=EVALUATION_BATCH, device=trainee.fabric.device)
+    test = evaluation_batches(study.data.test, trainee.fabric.device)
 
     def measure() -> dict[str, float]:
         result = evaluate(classifier, test)
@@ -222,13 +176,8 @@ def _finish(
 ) -> None:
     """Evaluate a trained network once more and write it with its row of the results."""
     classifier.to(study.device)
-    loaders = {
-        split: EvaluationLoader(
-            getattr(study.data, split), batch_size=EVALUATION_BATCH, device=torch.device(study.device)
-        )
-        for split in ("test", "train")
-    }
-    figures = {split: evaluate(classifier, loader) for split, loader in loaders.items()}
+    splits = {"test": study.data.test, "train": study.data.train}
+    figures = {name: evaluate(classifier, evaluation_batches(split, study.device)) for name, split in splits.items()}
     row = _row(study, job, network, history, figures, method=facts["method"], parameters=_count(classifier))
     everything = {
         "role": job.role, "arm": job.arm, "seed": job.seed, "row": row, **facts,
@@ -293,8 +242,7 @@ def _take_saved(study: Study, job: Job, spec: SavedTeacher) -> None:
             "set save_every in its training and train it anew"
         )
     network = NetworkSpec(**facts["network"])
-    classifier = _classifier(study, network)
-    load_weights(classifier.network, read_weights(path), source=str(path))
+    classifier = restored(study, network, path)
     _write_lines(study.folder_of(job) / "metrics.jsonl", history)
     kept_facts = {key: facts[key] for key in ("method", "terms", "training")}
     fingerprint = f"{facts['fingerprint']}-after-{epochs}"
@@ -311,136 +259,33 @@ def _take_file(study: Study, job: Job, spec: FileTeacher) -> None:
     _finish(study, job, classifier, network, [], {"method": "file", "fingerprint": checksum.hexdigest()})
 
 
-def load_teacher_file(study: Study, spec: FileTeacher) -> tuple[Classifier, NetworkSpec]:
-    """Return a teacher from a run folder, a network's folder, a ``model.safetensors`` or a foreign checkpoint.
-
-    Raises:
-        InputError: nothing usable there, or a teacher for other classes than the data's.
-    """
-    path = find_network(spec.file)
-    facts = path.parent / "model.json"
-    if path.name == "model.safetensors" and facts.exists():
-        network = NetworkSpec(**read_json(facts)["network"])
-        if spec.model is not None:
-            network = network.model_copy(update={"model": spec.model})
-    elif spec.model is None:
-        raise InputError(f"{path} does not say which network it is; name it: model=NAME (see soteacher models)")
-    else:
-        network = _network_spec(study, spec.model, pretrained=False)
-    if network.num_classes != study.data.num_classes:
-        raise InputError(
-            f"the teacher {path} knows {network.num_classes} classes, and the data {study.data.name} has "
-            f"{study.data.num_classes}"
-        )
-    if network.in_channels != study.data.in_channels:
-        raise InputError(
-            f"the teacher {path} wants images of {network.in_channels} channels, and {study.data.name} has "
-            f"{study.data.in_channels}"
-        )
-    classifier = _classifier(study, network)
-    load_weights(classifier.network, read_weights(path), source=str(path))
-    return classifier, network
-
-
-def find_network(path: Path, roles: Sequence[Literal["teacher", "student"]] = ("teacher",)) -> Path:
-    """Return the weights file that a path means: itself, or the one in a network's folder or in a run.
-
-    Args:
-        path: the file or folder.
-        roles: which networks of a run are meant: the first role of which it has any.
-
-    Raises:
-        InputError: nothing there, or more than one network of the role.
-    """
-    if path.is_file():
-        return path
-    if (path / "model.safetensors").exists():
-        return path / "model.safetensors"
-    for role in roles:
-        found = sorted(path.glob(f"{role}s/*/*/model.safetensors"))
-        if len(found) == 1:
-            return found[0]
-        if found:
-            names = ", ".join(str(other.parent) for other in found[:4])
-            more = " ..." if len(found) > 4 else ""
-            raise InputError(f"{path} holds {len(found)} {role}s; name one: {names}{more}")
-    raise InputError(f"no network at {path}: wanted a run folder, a model.safetensors or a checkpoint")
-
-
-def _compiled(module: nn.Module, training: TrainingConfig) -> nn.Module:
-    compiled: Any = torch.compile(module) if training.compile else module
-    return compiled
-
-
-def task_of(data: DataSet) -> Task:
-    """Return what an objective may need to know of a data set."""
-    return Task(num_examples=data.train.num_examples, num_classes=data.num_classes)
-
-
-def _network_spec(study: Study, model: str, *, pretrained: bool) -> NetworkSpec:
-    data = study.data
-    facts: dict[str, Any] = {
-        "num_classes": data.num_classes, "in_channels": data.in_channels, "mean": data.mean, "std": data.std,
-        "class_names": data.class_names,
-    }  # fmt: skip
-    if model in study.factories:
-        return NetworkSpec(model=model, **facts)
-    return network_spec(model, image_size=data.image_size, pretrained=pretrained, **facts)
-
-
-def _classifier(study: Study, network: NetworkSpec, *, pretrained: bool = False) -> Classifier:
-    """Return a classifier with fresh weights: of the zoo, or of the caller's factories."""
-    if network.model in study.factories:
-        made = study.factories[network.model](network.num_classes, network.in_channels)
-    else:
-        made = build_network(
-            network.model, num_classes=network.num_classes, in_channels=network.in_channels, pretrained=pretrained
-        )
-    return Classifier(made, mean=network.mean, std=network.std, input_size=network.input_size)
-
-
-def new_classifier(study: Study, model: str, *, pretrained: bool) -> tuple[Classifier, NetworkSpec]:
-    """Return an untrained network of the study, and what it is built from."""
-    network = _network_spec(study, model, pretrained=pretrained)
-    return _classifier(study, network, pretrained=pretrained), network
-
-
-def _load_finished(study: Study, job: Job) -> tuple[Classifier, NetworkSpec]:
-    """Return a finished network of the study."""
-    folder = study.folder_of(job)
-    network = NetworkSpec(**read_json(folder / "model.json")["network"])
-    classifier = _classifier(study, network)
-    load_weights(classifier.network, read_weights(folder / "model.safetensors"), source=str(folder))
-    return classifier, network
-
-
 def _fingerprint(
     study: Study,
     job: Job,
     network: NetworkSpec,
-    terms: Mapping[str, ObjectiveConfig],
-    training: TrainingConfig,
-    teacher: Job | None,
+    spec: TrainedTeacher | Student,
 ) -> str:
     """Return the checksum of everything that decides a network's numbers."""
+    teacher = _teacher_job(study, job)
     facts = {
         "data": study.data.checksum, "augment": study.config.data.augment.model_dump(mode="json"),
         "seed": job.seed, "role": job.role,
-        "network": network.model_dump(mode="json"), "training": training.model_dump(mode="json"),
-        "terms": {name: config.model_dump(mode="json") for name, config in terms.items()},
+        "network": network.model_dump(mode="json"), "pretrained": spec.pretrained,
+        "training": study.config.training_of(spec).model_dump(mode="json"),
+        "terms": {name: config.model_dump(mode="json") for name, config in terms_of(spec).items()},
         "teacher": read_json(study.folder_of(teacher) / "model.json")["fingerprint"] if teacher else None,
     }  # fmt: skip
     return blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _wanted_epochs(config: StudyConfig, job: Job, training: TrainingConfig) -> set[int]:
-    """Return the numbers of finished epochs whose weights are kept."""
+    """Return the numbers of finished epochs whose weights are kept beside those of the end."""
     every = training.save_every
-    wanted = set(range(every, training.epochs + 1, every)) if every else set[int]()
+    wanted = set(range(every, training.epochs, every)) if every else set[int]()
     for other in config.teachers.values() if job.role == "teacher" else ():
         if isinstance(other, SavedTeacher) and other.teacher == job.arm:
             wanted.add(epochs_at(other.after, training.epochs))
-    return wanted
+    return wanted - {training.epochs}
 
 
 def _epoch_weights(folder: Path, finished: int) -> Path:

@@ -14,6 +14,7 @@ from soteacher.config import StudyConfig, differences, to_yaml
 from soteacher.errors import InputError
 from soteacher.files import read_json, write_json, write_text
 from soteacher.settings import parse, read_tree
+from soteacher.train.checkpoint import Checkpoint
 
 CONFIG = "config.yaml"
 STATE = "run.json"
@@ -74,11 +75,19 @@ def claim(run: Path, config: StudyConfig, state: dict[str, Any], *, resume: bool
     if first["data_checksum"] != state["data_checksum"]:
         raise InputError(f"{run} was started on other data: its checksum was {first['data_checksum']}")
     if first["device"] != state["device"]:
-        raise InputError(f"{run} was started on {first['device']}, and this is {state['device']}")
-    for path in run.rglob(".*.part"):  # what a kill left; nobody else writes here now
-        path.unlink(missing_ok=True)
+        raise InputError(f"{run} was started on {first['device']}, and this is {state['device']}; see --device")
+    _tidy(run)
     write_text(run / CONFIG, to_yaml(config))  # the study may have grown: more seeds, teachers, students
     return first
+
+
+def _tidy(run: Path) -> None:
+    """Remove what a kill left: half-written files, and the states of networks that are finished."""
+    for path in run.rglob(".*.part"):
+        path.unlink(missing_ok=True)
+    for folder in run.glob("*/*/*/resume"):
+        if (folder.parent / "model.json").exists():
+            Checkpoint(folder, fingerprint="").remove()
 
 
 def _is_part(path: Path) -> bool:

@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import platform
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Generator, Mapping
@@ -21,26 +19,28 @@ import torch
 
 import soteacher
 from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher, terms_of
-from soteacher.data import EvaluationLoader, load_data
+from soteacher.data import load_data
+from soteacher.environment import environment
 from soteacher.errors import InputError
 from soteacher.files import read_json, write_json
 from soteacher.models.taps import Tapped, resolve_taps
-from soteacher.networks import (
+from soteacher.networks import train_network
+from soteacher.pool import Work, available_cores, default_workers, run_side_by_side
+from soteacher.report import write_report
+from soteacher.run_folder import LOG, STATE, claim, locked, network_folder, read_config
+from soteacher.statistics import summarise
+from soteacher.study import (
     Job,
     NetworkFactory,
     OnEvent,
     Study,
+    evaluation_batches,
     jobs_of,
     load_teacher_file,
     new_classifier,
     spec_of,
     task_of,
-    train_network,
 )
-from soteacher.pool import Work, available_cores, default_workers, run_side_by_side
-from soteacher.report import write_report
-from soteacher.run_folder import LOG, STATE, claim, locked, network_folder, read_config
-from soteacher.statistics import summarise
 
 SCHEMA = 1
 
@@ -213,7 +213,7 @@ def _ignore(job: Job, event: dict[str, Any]) -> None:
 @torch.no_grad()
 def _check_networks(study: Study) -> None:
     """Build every network and show it two examples, so that what cannot work fails before anything is written."""
-    images = next(iter(EvaluationLoader(study.data.test, batch_size=2, device=torch.device("cpu")))).images
+    images = next(iter(evaluation_batches(study.data.test, "cpu"))).images[:2]
     students = study.config.students.values()
     specs = [*(spec for spec in study.config.teachers.values() if not isinstance(spec, SavedTeacher)), *students]
     for spec in specs:
@@ -262,25 +262,3 @@ def _write_results(config: StudyConfig, folder: Path, state: Mapping[str, Any]) 
     write_json(folder / "results.json", results)
     write_report(folder)
     return results
-
-
-def environment(device: str, threads: int) -> dict[str, Any]:
-    """Return what the numbers depend on besides the settings."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "threads": threads,
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str | None:
-    """Return the commit of this package's sources; ``None`` where they are in no repository, or only lie within one."""
-    here = Path(__file__)
-    try:
-        for command in (["ls-files", "--error-unmatch", here.name], ["rev-parse", "HEAD"]):
-            answer = subprocess.run(["git", *command], cwd=here.parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from soteacher.networks import Job, jobs_of
 from soteacher.report import summary_sentence, summary_table
 from soteacher.run_folder import LOG, network_folder, read_config
+from soteacher.study import Job, jobs_of
 
 SECONDS_BETWEEN_LINES = 5.0
 """In a pipe, a network's epochs are not told more often than this."""

@@ -149,7 +149,7 @@ def test_without_augmentation_images_are_only_scaled():
         ({"random_resized_crop": (0.3, 1)}, "crop_padding is 4; wanted 0"),
         ({"random_resized_crop": (0.9, 0.3), "crop_padding": 0}, "least share of the area first"),
         ({"random_resized_crop": (0, 0.3), "crop_padding": 0}, "greater than 0"),
-        ({"rotation": 3}, "not permitted"),
+        ({"rotation": 3}, "unknown key"),
     ],
 )
 def test_impossible_settings_are_refused(settings, words):

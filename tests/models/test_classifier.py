@@ -91,7 +91,7 @@ def test_bad_classifier_is_refused(settings, message):
         ({"class_names": ("cat", "dog")}, "class_names must be 10, or none, got 2"),
         ({"num_classes": 0}, "greater than or equal to 1"),
         ({"mean": (float("nan"),) * 3}, "finite"),
-        ({"colour": 1}, "Extra inputs"),
+        ({"colour": 1}, "unknown key"),
     ],
 )
 def test_bad_spec_is_refused(change, message):

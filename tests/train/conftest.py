@@ -45,7 +45,7 @@ class Training:
 
         return fit(
             self.trainee, self.batches, measure=lambda: dict(measured or {"test_accuracy": 0.5}),
-            checkpoint=self.checkpoint, on_epoch=lambda line: None, on_step=self.reports.append,
+            checkpoint=self.checkpoint, on_epoch=lambda _: None, on_step=self.reports.append,
             should_stop=should_stop,
         )  # fmt: skip
 

@@ -49,13 +49,15 @@ def test_load_refuses_a_damaged_file(make_training, content: bytes | None) -> No
     training.run()
     path = training.checkpoint.path
     path.write_bytes(path.read_bytes()[:-100] if content is None else content)
-    with pytest.raises(InputError, match=r"is no readable training state .*; remove it to train this network") as caught:
+    with pytest.raises(
+        InputError, match=r"is no readable training state .*; remove it to train this network"
+    ) as caught:
         make_training(terms=TERMS).run()
     assert "\n" not in str(caught.value)
     assert training.checkpoint.history() == []
 
 
-def test_load_refuses_tensors_of_somebody_else(make_training, tmp_path: Path) -> None:
+def test_load_refuses_tensors_of_somebody_else(make_training) -> None:
     from safetensors.torch import save_file
 
     training = make_training(terms=TERMS)
@@ -101,7 +103,7 @@ def test_a_failed_write_leaves_the_earlier_state(make_training, monkeypatch: pyt
     training.run()
     before = training.checkpoint.path.read_bytes()
 
-    def full(*arguments: object) -> None:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)

@@ -20,8 +20,12 @@ def _events(folder: Path) -> dict[str, dict[int, float]]:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_tensorboard_holds_every_epoch_once(tmp_path: Path) -> None:
+def test_tensorboard_holds_every_epoch_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorboard.summary.writer import event_file_writer
+
     for start, values in ((0, (0.5, 0.25)), (1, (0.125, 0.0625))):  # the second starts where the kept state stands
+        later = SimpleNamespace(time=lambda start=start: 1e9 + start)  # files are read in the order of their seconds
+        monkeypatch.setattr(event_file_writer, "time", later)
         (logger,) = open_loggers(["tensorboard"], tmp_path, "run/students/kd/seed0", start_epoch=start)
         for epoch, value in enumerate(values, start=start):
             logger.log({"train_loss": value}, epoch=epoch)
@@ -51,7 +55,9 @@ def test_wandb_gets_every_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_mlflow_gets_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     client = SimpleNamespace(
-        create_run=lambda experiment, run_name: SimpleNamespace(info=SimpleNamespace(run_id=f"{experiment}/{run_name}")),
+        create_run=lambda experiment, run_name: SimpleNamespace(
+            info=SimpleNamespace(run_id=f"{experiment}/{run_name}")
+        ),
         log_metric=lambda run, key, value, step: calls.append((run, key, value, step)),
         set_terminated=calls.append,
     )

@@ -269,7 +269,7 @@ def test_bf16_trains_in_bf16_and_keeps_losses_and_weights_in_float32(make_traini
     seen: set[torch.dtype] = set()
     training = make_training(terms=KD, distil=True, optimizer=SGD, precision="bf16-mixed")
     convolution = training.trainee.network.convolution
-    convolution.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    convolution.register_forward_hook(lambda *call: seen.add(call[2].dtype))
     history = training.run()
     assert seen == {torch.bfloat16}
     assert convolution.weight.dtype == torch.float32
@@ -282,14 +282,16 @@ def test_the_teacher_stays_as_it_is_and_sees_the_students_images(make_training) 
     training = make_training(terms=KD, distil=True, optimizer=SGD)
     before = copy.deepcopy(training.teacher.state_dict())
     seen: list[Tensor] = []
-    training.teacher.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    training.teacher.register_forward_pre_hook(lambda *call: seen.append(call[1][0]))
     training.run()
     _assert_same(training.teacher.state_dict(), before)
     assert not training.teacher.training
     assert torch.equal(seen[0], next(iter(training.batches.epoch(0))).images)
 
 
-@pytest.mark.parametrize(("stop_after", "good"), [(None, "no epoch was finished before"), (2, "the last good state is")])
+@pytest.mark.parametrize(
+    ("stop_after", "good"), [(None, "no epoch was finished before"), (2, "the last good state is")]
+)
 def test_a_loss_that_is_not_finite_names_step_term_and_state(make_training, stop_after, good) -> None:
     class Breaks(Objective[Step]):
         name = "breaks"

@@ -10,9 +10,7 @@ from soteacher.train.optimizer import build_optimizer, learning_rate
 
 
 def _config(epochs: int, schedule: dict[str, object], rate: float = 0.05) -> TrainingConfig:
-    return TrainingConfig.model_validate(
-        {"epochs": epochs, "optimizer": {"learning_rate": rate}, "schedule": schedule}
-    )
+    return TrainingConfig.model_validate({"epochs": epochs, "optimizer": {"learning_rate": rate}, "schedule": schedule})
 
 
 def _rates(config: TrainingConfig, steps: int = 1) -> list[float]:

@@ -8,6 +8,7 @@ numbers are functions of (seed, epoch, step). That is why a killed run goes on b
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -241,8 +242,13 @@ def _line(sums: Tensor, trainee: Trainee, *, epoch: int, rate: float, seconds: f
 def fabric_for(device: str, precision: str) -> Fabric:
     """Return the fabric of one network on one device.
 
+    On a GPU, PyTorch is asked for its deterministic algorithms, so that two runs of one seed give the same weights.
+
     Args:
         device: ``cpu`` or ``cuda``.
         precision: ``fp32`` or ``bf16-mixed``.
     """
+    if device == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
     return Fabric(accelerator=device, devices=1, precision="32-true" if precision == "fp32" else "bf16-mixed")

@@ -1,0 +1,193 @@
+"""A study at work: its networks, in which order they are trained, and how each is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher
+from soteacher.data import DataSet, EvaluationLoader, ImageSplit
+from soteacher.errors import InputError
+from soteacher.files import read_json
+from soteacher.models.classifier import Classifier, NetworkSpec, network_spec
+from soteacher.models.weights import load_weights, read_weights
+from soteacher.models.zoo import build_network
+from soteacher.run_folder import network_folder
+from soteacher.types import Task
+
+EVALUATION_BATCH = 128
+
+NetworkFactory = Callable[[int, int], nn.Module]
+"""``(num_classes, in_channels) -> network``: a network of the caller's own, by a name that the study uses."""
+
+OnEvent = Callable[["Job", dict[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One network of a study."""
+
+    role: Literal["teacher", "student"]
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """``student soteacher-kd/seed0``: how the network is called in messages."""
+        return f"{self.role} {self.arm}/seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study at work: its settings, its folder, its data."""
+
+    config: StudyConfig
+    folder: Path
+    data: DataSet
+    device: str
+    factories: Mapping[str, NetworkFactory] = field(default_factory=dict[str, NetworkFactory])
+
+    def folder_of(self, job: Job) -> Path:
+        """Return where a network lies."""
+        return network_folder(self.folder, job.role, job.arm, job.seed)
+
+    def finished(self, job: Job) -> bool:
+        """Return whether the network is trained: its ``model.json`` is written last."""
+        return (self.folder_of(job) / "model.json").exists()
+
+
+def jobs_of(config: StudyConfig) -> dict[Job, Job | None]:
+    """Return the networks of a study in the order of their training, each with the one that it needs."""
+    jobs: dict[Job, Job | None] = {}
+    for seed in config.seeds:
+        for name, teacher in config.teachers.items():
+            source = Job("teacher", teacher.teacher, seed) if isinstance(teacher, SavedTeacher) else None
+            jobs[Job("teacher", name, seed)] = source
+    for seed in config.seeds:
+        for arm in config.arms():
+            jobs[Job("student", arm.name, seed)] = Job("teacher", arm.teacher, seed) if arm.teacher else None
+    # A teacher that is an earlier state of another comes after it, wherever it stands in the settings.
+    return dict(sorted(jobs.items(), key=lambda item: (item[0].role == "student", _depth(jobs, item[0]))))
+
+
+def _depth(jobs: Mapping[Job, Job | None], job: Job) -> int:
+    needed = jobs.get(job)
+    return 0 if needed is None else 1 + _depth(jobs, needed)
+
+
+def spec_of(config: StudyConfig, job: Job) -> TrainedTeacher | SavedTeacher | FileTeacher | Student:
+    """Return the settings of a network of a study."""
+    if job.role == "teacher":
+        return config.teachers[job.arm]
+    return config.students[next(arm.student for arm in config.arms() if arm.name == job.arm)]
+
+
+def task_of(data: DataSet) -> Task:
+    """Return what an objective may need to know of a data set."""
+    return Task(num_examples=data.train.num_examples, num_classes=data.num_classes)
+
+
+def evaluation_batches(split: ImageSplit, device: torch.device | str) -> EvaluationLoader:
+    """Return a split's batches for evaluation; as many processes as there are threads decode images in files."""
+    return EvaluationLoader(split, batch_size=EVALUATION_BATCH, device=device, workers=torch.get_num_threads())
+
+
+def new_classifier(study: Study, model: str, *, pretrained: bool) -> tuple[Classifier, NetworkSpec]:
+    """Return an untrained network of the study, and what it is built from."""
+    network = _network_spec(study, model, pretrained=pretrained)
+    return _classifier(study, network, pretrained=pretrained), network
+
+
+def restored(study: Study, network: NetworkSpec, weights: Path) -> Classifier:
+    """Return a network of the study with the weights of a file."""
+    classifier = _classifier(study, network)
+    load_weights(classifier.network, read_weights(weights), source=str(weights))
+    return classifier
+
+
+def load_finished(study: Study, job: Job) -> tuple[Classifier, NetworkSpec]:
+    """Return a finished network of the study."""
+    folder = study.folder_of(job)
+    network = NetworkSpec(**read_json(folder / "model.json")["network"])
+    return restored(study, network, folder / "model.safetensors"), network
+
+
+def load_teacher_file(study: Study, spec: FileTeacher) -> tuple[Classifier, NetworkSpec]:
+    """Return a teacher from a run folder, a network's folder, a ``model.safetensors`` or a foreign checkpoint.
+
+    Raises:
+        InputError: nothing usable there, or a teacher for other classes than the data's.
+    """
+    path = find_network(spec.file)
+    facts = path.parent / "model.json"
+    if path.name == "model.safetensors" and facts.exists():
+        network = NetworkSpec(**read_json(facts)["network"])
+        if spec.model is not None:
+            network = network.model_copy(update={"model": spec.model})
+    elif spec.model is None:
+        raise InputError(f"{path} does not say which network it is; name it: model=NAME (see soteacher models)")
+    else:
+        network = _network_spec(study, spec.model, pretrained=False)
+    if network.num_classes != study.data.num_classes:
+        raise InputError(
+            f"the teacher {path} knows {network.num_classes} classes, and the data {study.data.name} has "
+            f"{study.data.num_classes}"
+        )
+    if network.in_channels != study.data.in_channels:
+        raise InputError(
+            f"the teacher {path} wants images of {network.in_channels} channels, and {study.data.name} has "
+            f"{study.data.in_channels}"
+        )
+    return restored(study, network, path), network
+
+
+def find_network(path: Path, roles: Sequence[Literal["teacher", "student"]] = ("teacher",)) -> Path:
+    """Return the weights file that a path means: itself, or the one in a network's folder or in a run.
+
+    Args:
+        path: the file or folder.
+        roles: which networks of a run are meant: the first role of which it has any.
+
+    Raises:
+        InputError: nothing there, or more than one network of the role.
+    """
+    if path.is_file():
+        return path
+    if (path / "model.safetensors").exists():
+        return path / "model.safetensors"
+    for role in roles:
+        found = sorted(path.glob(f"{role}s/*/*/model.safetensors"))
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(str(other.parent) for other in found[:4])
+            more = " ..." if len(found) > 4 else ""
+            raise InputError(f"{path} holds {len(found)} {role}s; name one: {names}{more}")
+    raise InputError(f"no network at {path}: wanted a run folder, a model.safetensors or a checkpoint")
+
+
+def _classifier(study: Study, network: NetworkSpec, *, pretrained: bool = False) -> Classifier:
+    """Return a classifier with fresh weights: of the zoo, or of the caller's factories."""
+    if network.model in study.factories:
+        made = study.factories[network.model](network.num_classes, network.in_channels)
+    else:
+        made = build_network(
+            network.model, num_classes=network.num_classes, in_channels=network.in_channels, pretrained=pretrained
+        )
+    return Classifier(made, mean=network.mean, std=network.std, input_size=network.input_size)
+
+
+def _network_spec(study: Study, model: str, *, pretrained: bool) -> NetworkSpec:
+    data = study.data
+    facts: dict[str, Any] = {
+        "num_classes": data.num_classes, "in_channels": data.in_channels, "mean": data.mean, "std": data.std,
+        "class_names": data.class_names,
+    }  # fmt: skip
+    if model in study.factories:
+        return NetworkSpec(model=model, **facts)
+    return network_spec(model, image_size=data.image_size, pretrained=pretrained, **facts)
