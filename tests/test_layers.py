@@ -4,10 +4,18 @@ from pathlib import Path
 import pytest
 
 RANK = {  # a module may import lower ranks and itself; equal ranks do not import one another
-    "errors": 0, "types": 0, "objective": 0.5, "metrics": 0.5, "files": 0, "environment": 0, "randomness": 0, "settings": 0.2, "statistics": 0.5,
-    "models": 1, "data": 1, "objectives": 1, "train": 1, "reference": 1,
-    "diagnostics": 2, "functional": 2, "config": 2, "report": 2, "export": 2, "method_pages": 2,
-    "run_folder": 2.5, "pool": 2.5, "study": 2.7, "networks": 3, "studies": 3.5, "recipes": 4, "worker": 4, "api": 5, "terminal": 5, "cli": 6,
+    "errors": 0, "types": 0, "files": 0, "randomness": 0, "environment": 0,
+    "settings": 1,
+    "objective": 2, "metrics": 2, "statistics": 2,
+    "models": 3, "data": 3, "objectives": 3, "train": 3,
+    "config": 4, "functional": 4, "report": 4, "export": 4, "method_pages": 4,
+    "run_folder": 5, "pool": 5,
+    "study": 6,
+    "networks": 7,
+    "studies": 8,
+    "recipes": 9, "worker": 9,
+    "api": 10, "terminal": 10,
+    "cli": 11,
 }  # fmt: skip
 SOURCE = Path(__file__).parents[1] / "src" / "soteacher"
 

@@ -1,0 +1,178 @@
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import soteacher
+from soteacher.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("one_core", "no_report")
+
+TRAINING = {"epochs": 1, "batch_size": 16}
+
+
+@pytest.fixture
+def data(tiny_data: Path) -> dict[str, Any]:
+    return {"source": "npz", "path": str(tiny_data), "augment": {"crop_padding": 1}}
+
+
+def test_importing_the_package_or_asking_for_help_imports_nothing_heavy() -> None:
+    script = """
+import sys
+import soteacher, soteacher.cli
+sys.argv = ["soteacher", "run", "--help"]
+try:
+    soteacher.cli.main()
+except SystemExit as end:
+    assert end.code in (0, None), end.code
+heavy = {"torch", "numpy", "scipy", "pydantic", "rich.progress", "matplotlib", "timm"} & set(sys.modules)
+assert not heavy, heavy
+assert "run" in dir(soteacher) and "__version__" in dir(soteacher)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--resume" in done.stdout
+
+
+def test_every_public_name_is_there() -> None:
+    for name in soteacher.__all__:
+        assert getattr(soteacher, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'teech'"):
+        _ = soteacher.teech
+
+
+def test_teach_and_distill_with_networks_by_name(tmp_path: Path, data: dict[str, Any]) -> None:
+    taught = soteacher.teach("resnet8", data, tmp_path / "teacher", training=TRAINING, settings=["logging=[]"])
+    assert [(row["role"], row["arm"], row["method"]) for row in taught["rows"]] == [
+        ("teacher", "soteacher", "soteacher")
+    ]
+    assert taught["recipe"] == "teach"
+    distilled = soteacher.distill(
+        tmp_path / "teacher", "resnet8", data, tmp_path / "student", training=TRAINING, seeds=[3, 1],
+        settings=["logging=[]", "students.kd.terms.kd.temperature=2"],
+    )  # fmt: skip
+    rows = {(row["arm"], row["seed"]): row for row in distilled["rows"]}
+    assert rows.keys() == {("teacher", 3), ("teacher", 1), ("teacher-kd", 3), ("teacher-kd", 1)}
+    assert rows["teacher", 1]["accuracy_last"] == taught["rows"][0]["accuracy_last"]
+    facts = json.loads((tmp_path / "student/students/teacher-kd/seed1/model.json").read_text())
+    assert facts["terms"]["kd"]["temperature"] == 2
+    assert soteacher.load(tmp_path / "student/students/teacher-kd/seed1")(torch.rand(2, 1, 12, 12)).shape == (2, 3)
+
+
+def test_teach_distill_evaluate_and_export_networks_of_ones_own(
+    tmp_path: Path, data: dict[str, Any], tiny_network: type[nn.Module]
+) -> None:
+    module = tiny_network(3, 1)
+    before = copy.deepcopy(module.state_dict())
+    soteacher.teach(module, data, tmp_path / "teacher", method="standard", training=TRAINING, settings=["logging=[]"])
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    results = soteacher.distill(
+        tmp_path / "teacher", tiny_network, data, tmp_path / "student", teacher_model=tiny_network, training=TRAINING,
+        settings=["logging=[]"],
+    )  # fmt: skip
+    accuracy = {row["role"]: row["accuracy_last"] for row in results["rows"]}
+    for run, model in (("teacher", module), ("student", tiny_network)):
+        figures = soteacher.evaluate(tmp_path / run, data, model=model, device="cpu")
+        assert figures["accuracy"] == accuracy[run]
+        with pytest.raises(InputError, match=f"unknown network '{run}_network'"):
+            soteacher.evaluate(tmp_path / run, data)
+        classifier = soteacher.load(tmp_path / run, model=model)
+        assert not classifier.training
+        assert classifier(torch.rand(2, 1, 12, 12)).shape == (2, 3)
+    # The student becomes a teacher in its turn.
+    chained = soteacher.distill(
+        tmp_path / "student/students/teacher-kd/seed0", "resnet8", data, tmp_path / "third", teacher_model=tiny_network,
+        training=TRAINING, settings=["logging=[]"],
+    )  # fmt: skip
+    assert chained["rows"][0]["accuracy_last"] == accuracy["student"]
+    difference = soteacher.export(tmp_path / "student", data, tmp_path / "out", form="safetensors", model=tiny_network)
+    assert difference == 0
+    exported = soteacher.load(tmp_path / "out", model=tiny_network)
+    images = torch.rand(2, 1, 12, 12)
+    assert torch.equal(exported(images), soteacher.load(tmp_path / "student", model=tiny_network)(images))
+
+
+def test_evaluate_gives_the_figures_of_both_splits(tmp_path: Path, data: dict[str, Any]) -> None:
+    results = soteacher.teach("resnet8", data, tmp_path / "run", training=TRAINING, settings=["logging=[]"])
+    row = results["rows"][0]
+    figures = soteacher.evaluate(tmp_path / "run", data)
+    assert (figures["accuracy"], figures["nll"], figures["ece"]) == (row["accuracy_last"], row["nll"], row["ece"])
+    assert sum(entry["count"] for entry in figures["reliability"]) == 24
+    assert soteacher.evaluate(tmp_path / "run", data, split="train")["accuracy"] == row["train_accuracy"]
+    with pytest.raises(InputError, match="unknown split 'validation'; known: test, train"):
+        soteacher.evaluate(tmp_path / "run", data, split="validation")
+    with pytest.raises(InputError, match="knows 3 classes, and the data fashion_mnist_small has 10"):
+        soteacher.evaluate(tmp_path / "run", "fashion_mnist_small")
+
+
+def test_run_tells_of_every_network(tmp_path: Path, tiny_tree: Callable[..., dict[str, Any]], tiny_network) -> None:
+    tree = tiny_tree(seeds=[0])
+    for spec in (*tree["teachers"].values(), *tree["students"].values()):
+        spec["model"] = "mine"
+    events: dict[str, list[str]] = {}
+    results = soteacher.run(
+        tree, tmp_path / "run", networks={"mine": tiny_network}, settings=["training.epochs=1"],
+        on_event=lambda job, event: events.setdefault(job.name, []).append(event["event"]),
+    )  # fmt: skip
+    assert len(events) == len(results["rows"]) == 5
+    assert all(names == ["step", "epoch", "finished"] for names in events.values())
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda data, out: soteacher.teach("resnet8", data, out, method="kd"), "kd is a method for a student"),
+        (lambda data, out: soteacher.teach("resnet8", data, out, method="standart"), "did you mean standard"),
+        (lambda data, out: soteacher.teach("resnet8", "cifar", out), "unknown source 'cifar'; did you mean cifar10"),
+        (lambda data, out: soteacher.teach("resnet8", data, out, seeds=[]), "seeds must be at least one"),
+        (lambda data, out: soteacher.teach("resnet8", data, out, training={"epochs": 0}), "training.epochs"),
+        (lambda data, out: soteacher.teach("resnet8", data, out, device="tpu"), "unknown device 'tpu'"),
+        (lambda data, out: soteacher.distill("nowhere", "resnet8", data, out), "no network at nowhere"),
+        (lambda data, out: soteacher.run("quickstrat", out), "unknown recipe 'quickstrat'; did you mean quickstart?"),
+        (lambda data, out: soteacher.teach(3, data, out), "a network of your own is a module or a function"),
+        (
+            lambda data, out: soteacher.run("quickstart", out, networks={"mine": "resnet8"}),
+            "a network of your own is a module or a function that makes one, got 'resnet8'",
+        ),
+    ],
+)
+def test_bad_input_is_an_ordinary_value_error_and_leaves_nothing(
+    tmp_path: Path, data: dict[str, Any], call: Callable[..., Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        call(data, tmp_path / "run")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"train_images": np.full((40, 12, 12), np.nan, np.float32)},
+            "train_images of .* has values that are not finite",
+        ),
+        ({"test_labels": np.arange(24) % 4}, "test_labels of .* has label 3; wanted 0 to 2"),
+        ({"train_labels": np.arange(40) % 3 - 1}, "train_labels of .* has label -1; wanted integers from 0"),
+        ({"train_labels": np.zeros(40, np.int64)}, "train_labels of .* has one class only; wanted 2 or more"),
+        ({"train_labels": np.arange(39) % 3}, "train_labels of .* has 39 labels for 40 images"),
+        ({"test_images": np.zeros((24, 10, 10), np.uint8)}, "images of .* differ between the splits"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused_before_anything_is_written(
+    tmp_path: Path, tiny_arrays: dict[str, np.ndarray], change: dict[str, np.ndarray], message: str
+) -> None:
+    np.savez(tmp_path / "data.npz", **tiny_arrays | change)
+    data = {"source": "npz", "path": str(tmp_path / "data.npz")}
+    with pytest.raises(InputError, match=message):
+        soteacher.teach("resnet8", data, tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]
