@@ -17,14 +17,19 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from soteacher.environment import environment
 from soteacher.errors import InputError
 from soteacher.files import write_json
+from soteacher.models.classifier import Classifier
+from soteacher.models.taps import Tapped, resolve_taps
 from soteacher.models.zoo import build_network
-from soteacher.objective import Term, weighted_losses
 from soteacher.objectives import method, objective_config
-from soteacher.types import Outputs, Step, Task
+from soteacher.train.config import TrainingConfig
+from soteacher.train.loop import Trainee, fabric_for, train_step
+from soteacher.train.optimizer import build_optimizer
+from soteacher.types import Batch, Task
 
 METHODS = ("standard", "soteacher")
 TASK = Task(num_examples=50_000, num_classes=100)
@@ -69,31 +74,36 @@ def measure(model: str, *, batch_size: int, rounds: int) -> dict[str, dict[str, 
 
 
 def make_training_step(name: str, model: str, *, batch_size: int) -> Callable[[], None]:
-    """Return a function that takes one optimisation step of a teacher method, each time with the same examples."""
-    torch.manual_seed(0)
-    network = build_network(model, num_classes=TASK.num_classes, in_channels=3).train()
-    terms = [objective_config(term).model_validate(chosen).term(TASK) for term, chosen in method(name).terms.items()]
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4, fused=True)
-    images = torch.rand(batch_size, 3, 32, 32)
-    labels = torch.randint(0, TASK.num_classes, (batch_size,))
-    indices = torch.randperm(TASK.num_examples)[:batch_size]
+    """Return a function that takes one step of the training loop for a teacher method, each time on one batch."""
+    trainee = _trainee(name, model)
+    batch = Batch(
+        images=torch.rand(batch_size, 3, 32, 32),
+        labels=torch.randint(0, TASK.num_classes, (batch_size,)),
+        indices=torch.randperm(TASK.num_examples)[:batch_size],
+    )
 
     def take_step() -> None:
-        step = Step(
-            images=images, labels=labels, indices=indices, model=network,
-            outputs=Outputs(logits=network(images), features={}), epoch=1, num_epochs=2, progress=0.5,
-        )  # fmt: skip
-        _learn(terms, step, optimizer)
+        train_step(trainee, batch, epoch=1, progress=0.5)
 
     return take_step
 
 
-def _learn(terms: list[Term[Any]], step: Step, optimizer: torch.optim.Optimizer) -> None:
-    optimizer.zero_grad(set_to_none=True)
-    weighted_losses(terms, step).sum().backward()
-    optimizer.step()
-    for term in terms:
-        term.objective.update(step)
+def _trainee(name: str, model: str) -> Trainee:
+    """Return a network in training on the CPU, by the standard recipe."""
+    torch.manual_seed(0)
+    config = TrainingConfig()
+    fabric = fabric_for("cpu", config.precision)
+    network = build_network(model, num_classes=TASK.num_classes, in_channels=3)
+    classifier = Classifier(network, mean=(0.5,) * 3, std=(0.25,) * 3)
+    terms = [objective_config(term).model_validate(chosen).term(TASK) for term, chosen in method(name).terms.items()]
+    features = sorted({feature for term in terms for feature in term.objective.features})
+    objectives = nn.ModuleList(term.objective for term in terms)
+    optimizer: Any = build_optimizer(config.optimizer, [*classifier.parameters(), *objectives.parameters()])
+    forward, optimizer = fabric.setup(Tapped(classifier, resolve_taps(classifier, features)), optimizer)
+    return Trainee(
+        network=network, forward=forward.train(), terms=tuple(terms), optimizer=optimizer, teacher=None,
+        fabric=fabric, config=config, seed=0,
+    )  # fmt: skip
 
 
 def ratio(seconds: dict[str, list[float]]) -> dict[str, float]:

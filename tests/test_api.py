@@ -1,5 +1,6 @@
 import copy
 import json
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -33,7 +34,7 @@ try:
     soteacher.cli.main()
 except SystemExit as end:
     assert end.code in (0, None), end.code
-heavy = {"torch", "numpy", "scipy", "pydantic", "rich.progress", "matplotlib", "timm"} & set(sys.modules)
+heavy = {"torch", "numpy", "scipy", "rich.progress", "matplotlib", "timm"} & set(sys.modules)
 assert not heavy, heavy
 assert "run" in dir(soteacher) and "__version__" in dir(soteacher)
 """
@@ -45,6 +46,8 @@ assert "run" in dir(soteacher) and "__version__" in dir(soteacher)
 def test_every_public_name_is_there() -> None:
     for name in soteacher.__all__:
         assert getattr(soteacher, name) is not None
+    # A module of such a name would take its place as soon as it is imported.
+    assert not {module.name for module in pkgutil.iter_modules(soteacher.__path__)} & set(soteacher.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'teech'"):
         _ = soteacher.teech
 
@@ -60,8 +63,8 @@ def test_teach_and_distill_with_networks_by_name(tmp_path: Path, data: dict[str,
         settings=["logging=[]", "students.kd.terms.kd.temperature=2"],
     )  # fmt: skip
     rows = {(row["arm"], row["seed"]): row for row in distilled["rows"]}
-    assert rows.keys() == {("teacher", 3), ("teacher", 1), ("teacher-kd", 3), ("teacher-kd", 1)}
-    assert rows["teacher", 1]["accuracy_last"] == taught["rows"][0]["accuracy_last"]
+    assert rows.keys() == {("teacher", 0), ("teacher-kd", 3), ("teacher-kd", 1)}
+    assert rows["teacher", 0]["accuracy_last"] == taught["rows"][0]["accuracy_last"]
     facts = json.loads((tmp_path / "student/students/teacher-kd/seed1/model.json").read_text())
     assert facts["terms"]["kd"]["temperature"] == 2
     assert soteacher.load(tmp_path / "student/students/teacher-kd/seed1")(torch.rand(2, 1, 12, 12)).shape == (2, 3)
@@ -131,15 +134,15 @@ def test_run_tells_of_every_network(tmp_path: Path, tiny_tree: Callable[..., dic
     [
         (lambda data, out: soteacher.teach("resnet8", data, out, method="kd"), "kd is a method for a student"),
         (lambda data, out: soteacher.teach("resnet8", data, out, method="standart"), "did you mean standard"),
-        (lambda data, out: soteacher.teach("resnet8", "cifar", out), "unknown source 'cifar'; did you mean cifar10"),
+        (lambda _, out: soteacher.teach("resnet8", "cifar", out), "unknown source 'cifar'; did you mean cifar10"),
         (lambda data, out: soteacher.teach("resnet8", data, out, seeds=[]), "seeds must be at least one"),
         (lambda data, out: soteacher.teach("resnet8", data, out, training={"epochs": 0}), "training.epochs"),
         (lambda data, out: soteacher.teach("resnet8", data, out, device="tpu"), "unknown device 'tpu'"),
         (lambda data, out: soteacher.distill("nowhere", "resnet8", data, out), "no network at nowhere"),
-        (lambda data, out: soteacher.run("quickstrat", out), "unknown recipe 'quickstrat'; did you mean quickstart?"),
+        (lambda _, out: soteacher.run("quickstrat", out), "unknown recipe 'quickstrat'; did you mean quickstart?"),
         (lambda data, out: soteacher.teach(3, data, out), "a network of your own is a module or a function"),
         (
-            lambda data, out: soteacher.run("quickstart", out, networks={"mine": "resnet8"}),
+            lambda _, out: soteacher.run("quickstart", out, networks={"mine": "resnet8"}),
             "a network of your own is a module or a function that makes one, got 'resnet8'",
         ),
     ],
@@ -176,3 +179,47 @@ def test_data_that_cannot_be_used_is_refused_before_anything_is_written(
     with pytest.raises(InputError, match=message):
         soteacher.teach("resnet8", data, tmp_path / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["data.npz"]
+
+
+def test_a_method_without_a_teacher_is_no_way_to_distil(tmp_path: Path, data: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="the method alone does not read a teacher"):
+        soteacher.distill(tmp_path, "resnet8", data, tmp_path / "out", method="alone")
+    with pytest.raises(InputError, match="unknown method 'SoTeacher'; did you mean soteacher"):
+        soteacher.teach("resnet8", data, tmp_path / "out", method="SoTeacher")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_module_is_refused_for_several_seeds(tmp_path: Path, data: dict[str, Any], tiny_network) -> None:
+    with pytest.raises(InputError, match="every one of 2 seeds would start from its weights"):
+        soteacher.teach(tiny_network(3, 1), data, tmp_path / "out", seeds=[0, 1], training=TRAINING)
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_is_named_as_on_the_command_line(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from soteacher.api import read_data
+
+    assert read_data(str(tiny_data)).num_classes == 3
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "fashion_mnist_small").mkdir()  # a source's name goes before a folder's
+    assert read_data("fashion_mnist_small").num_classes == 10
+
+
+def test_networks_of_other_classes_are_refused(tmp_path: Path, tiny_arrays, tiny_network) -> None:
+    for name, labels in (("one", ["a", "b", "c"]), ("two", ["a", "c", "b"])):
+        np.savez(tmp_path / f"{name}.npz", **tiny_arrays, label_names=np.array(labels))
+    soteacher.teach(
+        tiny_network, str(tmp_path / "one.npz"), tmp_path / "run", training=TRAINING, settings=["logging=[]"]
+    )
+    with pytest.raises(InputError, match="differ in a class: 'b' of the network is 'c' in the data"):
+        soteacher.evaluate(tmp_path / "run", str(tmp_path / "two.npz"), model=tiny_network)
+
+
+def test_a_foreign_teacher_may_bring_its_own_normalisation(tmp_path: Path, tiny_tree) -> None:
+    from soteacher.models.zoo import build_network
+
+    torch.save({"net": build_network("resnet8", num_classes=3, in_channels=1).state_dict()}, tmp_path / "theirs.pth")
+    given = {"file": str(tmp_path / "theirs.pth"), "model": "resnet8", "mean": [0.25], "std": [0.5]}
+    tree = tiny_tree(teachers={"given": given}, students={}, baseline=None)
+    soteacher.run(tree, tmp_path / "run")
+    network = json.loads((tmp_path / "run/teachers/given/seed0/model.json").read_text())["network"]
+    assert (network["mean"], network["std"]) == ([0.25], [0.5])

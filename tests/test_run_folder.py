@@ -12,7 +12,7 @@ from soteacher.errors import InputError
 from soteacher.run_folder import claim, locked, network_folder, read_config
 from soteacher.settings import parse
 
-STATE = {"data_checksum": "abc", "device": "cpu", "workers": 2, "threads": 1}
+STATE = {"data_checksum": "abc", "device": "cpu", "workers": 2, "threads": 1, "own_networks": {}}
 
 
 @pytest.fixture
@@ -35,8 +35,9 @@ def test_network_folder(run: Path) -> None:
     assert network_folder(run, "teacher", "standard", 3) == run / "teachers" / "standard" / "seed3"
 
 
-def test_claim_writes_the_study_into_an_empty_folder(run: Path, study: StudyConfig) -> None:
-    assert claim(run, study, STATE, resume=False) == STATE
+@pytest.mark.parametrize("resume", [False, True])
+def test_claim_writes_the_study_into_an_empty_folder(run: Path, study: StudyConfig, resume: bool) -> None:
+    assert claim(run, study, STATE, resume=resume) == STATE
     assert read_config(run) == study
     assert sorted(_contents(run)) == ["config.yaml", "run.json"]
 

@@ -13,10 +13,10 @@ from torch import nn
 
 from soteacher import studies
 from soteacher.errors import InputError, InterruptedRunError
+from soteacher.jobs import Job, OnEvent
 from soteacher.recipes import read_study
 from soteacher.report import write_report
 from soteacher.studies import collect_results, pick_device, report_again, run_study, stop_requested
-from soteacher.study import Job, OnEvent
 
 ROW = {
     "role", "arm", "teacher_arm", "method", "model", "data", "seed", "epochs", "accuracy_last", "accuracy_best",
@@ -230,7 +230,7 @@ def test_a_run_stopped_by_a_signal_resumes_bit_for_bit(
         stop = _after_steps(steps, signal.SIGTERM if number % 2 else signal.SIGINT)
         with pytest.raises(InterruptedRunError):
             train(tree, run, resume=number > 0, on_event=stop)
-    assert list(run.rglob("state.safetensors"))
+    assert not (run / "results.json").exists()
     train(tree, run, resume=True)
     assert outcome_of(run) == outcome_of(tmp_path / "whole")
 
@@ -473,7 +473,10 @@ def test_report_again_takes_what_is_finished(
     assert [row["arm"] for row in results["rows"]] == ["standard", "soteacher", "alone"]
     assert (tmp_path / "run" / "report.html").exists()
     config = read_study(tiny_study())
-    assert collect_results(config, tmp_path / "run", device="cpu", threads=1)["rows"] == results["rows"]
+    assert (
+        collect_results(config, tmp_path / "run", json.loads((tmp_path / "run/run.json").read_text()))["rows"]
+        == results["rows"]
+    )
 
 
 def test_report_again_refuses_a_folder_without_a_run(tmp_path: Path) -> None:
@@ -486,3 +489,111 @@ def _head(path: Path) -> torch.Tensor:
     from safetensors.torch import load_file
 
     return load_file(path)["head.weight"]
+
+
+def test_names_are_checked_before_the_data_is_read(tmp_path: Path, tiny_tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(studies, "load_data", lambda *_, **__: pytest.fail("the data was read first"))
+    tree = tiny_tree()
+    tree["students"]["kd"]["model"] = "resnet9"
+    with pytest.raises(InputError, match="depth must be"):
+        run_study(read_study(tree), tmp_path / "run")
+    with pytest.raises(InputError, match="needs its package"):
+        run_study(read_study(tiny_tree(logging=["wandb"])), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_last_batch_of_one_that_cannot_be_trained_on_is_refused(tmp_path: Path, tiny_study) -> None:
+    class OnePixel(nn.Module):
+        def __init__(self, num_classes: int, in_channels: int) -> None:
+            super().__init__()
+            self.layers = nn.Sequential(
+                nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(in_channels), nn.Flatten(), nn.Linear(in_channels, num_classes)
+            )
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.layers(images)
+
+    config = read_study(tiny_study(training={"epochs": 1, "batch_size": 13}))
+    with pytest.raises(InputError, match="40 examples in batches of 13 leave one: choose another batch_size"):
+        run_study(config, tmp_path / "run", factories={"tiny": OnePixel})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_state_that_was_not_kept_is_refused_and_the_run_stays_as_it_is(tmp_path: Path, train, tiny_study) -> None:
+    run, tree = tmp_path / "run", tiny_study()
+    train(tree, run)
+    before = (run / "config.yaml").read_text()
+    tree["teachers"]["early"] = {"from": "standard", "after": 1}
+    with pytest.raises(InputError, match=r"teacher early/seed0: the weights of .* after 1 epochs were not kept"):
+        train(tree, run, resume=True)
+    assert (run / "config.yaml").read_text() == before
+    train(tiny_study(), run, resume=True)
+
+
+def test_what_changes_no_number_may_change(tmp_path: Path, train, tiny_study) -> None:
+    run = tmp_path / "run"
+    train(tiny_study(), run)
+    weights = {path: path.read_bytes() for path in run.rglob("*.safetensors")}
+    again = train(tiny_study(baseline="alone", description="new", logging=["tensorboard"]), run, resume=True)
+    assert {path: path.read_bytes() for path in run.rglob("*.safetensors")} == weights
+    assert {entry["arm"]: entry["baseline"] for entry in again["summary"]}["standard-kd"] == "alone"
+
+
+def test_other_networks_of_ones_own_are_refused(tmp_path: Path, train, tiny_study, tiny_network) -> None:
+    run = tmp_path / "run"
+    train(tiny_study(), run)
+
+    class Wider(tiny_network):
+        def __init__(self, num_classes: int, in_channels: int) -> None:
+            super().__init__(num_classes, in_channels)
+            self.more = nn.Linear(2, 2)
+
+    with pytest.raises(InputError, match="other networks of your own"):
+        run_study(read_study(tiny_study()), run, factories={"tiny": Wider}, resume=True)
+
+
+def test_the_environment_is_that_of_the_training(
+    tmp_path: Path, train, tiny_study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    first = train(tiny_study(), run)["environment"]
+    monkeypatch.setattr(studies, "environment", lambda device, threads: {"device": device, "threads": threads})
+    assert report_again(run)["environment"] == first
+    facts = json.loads((run / "teachers/standard/seed0/model.json").read_text())
+    assert facts["environment"].keys() == first.keys()
+
+
+def test_a_run_that_has_not_started_has_no_report(tmp_path: Path, tiny_study, train) -> None:
+    run = tmp_path / "run"
+    train(tiny_study(), run)
+    (run / "run.json").unlink()
+    with pytest.raises(InputError, match="has not started"):
+        report_again(run)
+
+
+def test_images_that_are_left_out_are_named(tmp_path: Path, tiny_study, tiny_network) -> None:
+    from PIL import Image
+
+    for split in ("train", "test"):
+        for label in ("a", "b"):
+            (tmp_path / "photos" / split / label).mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (12, 12), (40 * number, 10 * number, 90 - number)).save(
+                    tmp_path / "photos" / split / label / f"{number}.png"
+                )
+    broken = tmp_path / "photos/train/a/broken.png"
+    broken.write_bytes(b"no image")
+    data = {"source": "folder", "path": str(tmp_path / "photos"), "image_size": 12, "skip_unreadable": True}
+    config = read_study(tiny_study(data=data | {"augment": {"crop_padding": 0}}))
+    results = run_study(config, tmp_path / "run", factories={"tiny": tiny_network})
+    assert [Path(path).name for path in results["skipped_images"]] == [broken.name]
+
+
+def test_a_given_teacher_is_one_network_for_all_seeds(tmp_path: Path, train, tiny_study) -> None:
+    train(tiny_study(), tmp_path / "first")
+    tree = tiny_study(seeds=[4, 5], baseline=None)
+    tree["teachers"] = {"given": {"file": str(tmp_path / "first/teachers/standard/seed0")}}
+    tree["students"] = {"kd": {"model": "tiny"}}
+    results = train(tree, tmp_path / "run")
+    assert [(row["role"], row["seed"]) for row in results["rows"]] == [("teacher", 0), ("student", 4), ("student", 5)]
+    assert results["summary"][0]["seeds"] == [4, 5]

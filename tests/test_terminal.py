@@ -8,8 +8,8 @@ from rich.console import Console
 from soteacher import terminal
 from soteacher.config import to_yaml
 from soteacher.files import write_text
+from soteacher.jobs import Job
 from soteacher.recipes import read_study
-from soteacher.study import Job
 from soteacher.terminal import DownloadBar, ProgressDisplay, print_results
 
 JOB = Job("student", "standard-kd", 0)
@@ -120,7 +120,11 @@ def test_results_show_every_arm_and_a_sentence_for_each_comparison(
 
     rows = [_row("teacher", "standard", None, 0.5), _row("student", "alone", None, 0.25)]
     rows.append(_row("student", "standard-kd", "standard", 0.75))
-    results = {"rows": rows, "summary": summarise(rows, {"alone": "standard-kd", "standard-kd": None})}
+    results = {
+        "rows": rows,
+        "summary": summarise(rows, {"alone": "standard-kd", "standard-kd": None}),
+        "skipped_images": [],
+    }
     print_results(results, tmp_path)
     shown = capsys.readouterr().out
     assert "standard-kd" in shown
@@ -130,5 +134,9 @@ def test_results_show_every_arm_and_a_sentence_for_each_comparison(
 
 
 def test_results_of_teachers_alone_are_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    print_results({"rows": [_row("teacher", "soteacher", None, 0.5)], "summary": []}, tmp_path)
-    assert capsys.readouterr().out.startswith("soteacher/seed0: test accuracy 50.00 %\n")
+    skipped = ["a.png", "b.png", "c.png", "d.png"]
+    rows = [_row("teacher", "soteacher", None, 0.5)]
+    print_results({"rows": rows, "summary": [], "skipped_images": skipped}, tmp_path)
+    shown = capsys.readouterr().out
+    assert shown.startswith("soteacher/seed0: test accuracy 50.00 %\n")
+    assert "left out 4 images that cannot be read: a.png, b.png, c.png ...\n" in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import asdict
@@ -10,16 +11,18 @@ from typing import Any, Literal
 
 from torch import nn
 
-from soteacher.config import FileTeacher
-from soteacher.data import DataSet, load_data
+from soteacher.config import DataChoice, FileTeacher, Student, StudyConfig, TrainedTeacher
+from soteacher.data import SOURCES, DataSet, load_data
+from soteacher.deployment import Format, export_classifier
 from soteacher.errors import InputError
-from soteacher.export import Format, export_classifier
-from soteacher.files import read_json
+from soteacher.jobs import NetworkFactory, OnEvent, Study, evaluation_batches, find_network, load_teacher_file
 from soteacher.models.classifier import Classifier, NetworkSpec
-from soteacher.models.weights import FACTS_FILE, load_classifier, load_weights, read_weights
+from soteacher.models.weights import FACTS_FILE, load_classifier, load_weights, read_facts, read_weights
+from soteacher.objectives import method as method_named
+from soteacher.objectives import objective_config
 from soteacher.recipes import read_study
+from soteacher.settings import parse
 from soteacher.studies import pick_device, run_study
-from soteacher.study import NetworkFactory, OnEvent, Study, evaluation_batches, find_network, load_teacher_file
 from soteacher.train.evaluate import evaluate as evaluate_classifier
 
 Model = str | nn.Module | Callable[[int, int], nn.Module]
@@ -27,7 +30,8 @@ Model = str | nn.Module | Callable[[int, int], nn.Module]
 TRAINED: tuple[Literal["teacher", "student"], ...] = ("student", "teacher")
 """The networks of a run that one loads, evaluates or exports: its student, or the teacher where there is none."""
 Data = str | Mapping[str, Any]
-"""A data set: by its source's name, or with settings: ``{"source": "folder", "path": "flowers"}``."""
+"""A data set: by its source's name, by the path of a folder or an ``.npz`` file, or with settings, such as
+``{"source": "folder", "path": "flowers"}``."""
 
 
 def run(
@@ -63,8 +67,10 @@ def run(
     Raises:
         InputError: something in the settings, the data or the folder cannot be used.
     """
+    config = read_study(study, settings)
+    _check_modules(config, networks or {})
     return run_study(
-        read_study(study, settings), Path(out), data_root=Path(data_root) if data_root else None, device=device,
+        config, Path(out), data_root=Path(data_root) if data_root else None, device=device,
         resume=resume, workers=workers, factories={name: _factory(model) for name, model in (networks or {}).items()},
         on_event=on_event, on_download=on_download,
     )  # fmt: skip
@@ -95,9 +101,10 @@ def teach(
         What ``results.json`` holds.
     """
     name, networks = _named(model, "teacher_network")
+    arm = _arm(method_named(method).name)
     tree = {
         "name": "teach", "data": _data_tree(data), "seeds": list(seeds), "training": dict(training or {}),
-        "teachers": {method: {"model": name, "method": method}},
+        "teachers": {arm: {"model": name, "method": method}},
     }  # fmt: skip
     return run(tree, out, networks=networks, **options)
 
@@ -131,13 +138,17 @@ def distill(
         What ``results.json`` holds.
     """
     name, networks = _named(model, "student_network")
+    arm = _arm(method_named(method).name)
+    if not any(objective_config(term).needs_teacher for term in method_named(method).terms):
+        raise InputError(f"the method {method} does not read a teacher: it is no way to distil one")
     source: dict[str, Any] = {"file": str(teacher)}
     if teacher_model is not None:
         source["model"], more = _named(teacher_model, "teacher_network")
         networks |= more
     tree = {
-        "name": "distill", "data": _data_tree(data), "seeds": list(seeds), "training": dict(training or {}),
-        "teachers": {"teacher": source}, "students": {method: {"model": name, "method": method}},
+        "name": "distill", "data": _data_for(find_network(Path(teacher)), data), "seeds": list(seeds),
+        "training": dict(training or {}),
+        "teachers": {"teacher": source}, "students": {arm: {"model": name, "method": method}},
     }  # fmt: skip
     return run(tree, out, networks=networks, **options)
 
@@ -153,7 +164,7 @@ def load(path: str | Path, *, model: nn.Module | NetworkFactory | None = None) -
     weights = find_network(Path(path), TRAINED)
     if model is None:
         return load_classifier(weights)[0]
-    spec = NetworkSpec(**read_json(weights.parent / FACTS_FILE)["network"])
+    spec = read_facts(weights)[0]
     network = _factory(model)(spec.num_classes, spec.in_channels)
     load_weights(network, read_weights(weights), source=str(weights))
     return Classifier(network, mean=spec.mean, std=spec.std, input_size=spec.input_size).eval()
@@ -230,18 +241,48 @@ def _network_and_data(
 def _data_for(weights: Path, data: Data) -> dict[str, Any]:
     """Return a data set's settings; images of a folder come in the size that the network was trained on."""
     tree, facts = _data_tree(data), weights.parent / FACTS_FILE
-    trained_on = read_json(facts).get("data", {}) if facts.exists() else {}
+    trained_on = read_facts(weights)[1].get("data", {}) if facts.exists() else {}
     if tree.get("source") == "folder" and "image_size" in trained_on:
         return {"image_size": trained_on["image_size"], **tree}
     return tree
 
 
+def read_data(data: Data, data_root: str | Path | None = None, *, on_download: Any = None) -> DataSet:
+    """Return a data set, fetched where it is not there yet."""
+    choice = parse(DataChoice, {"data": _data_tree(data)})
+    return load_data(choice.data, Path(data_root) if data_root else None, progress=on_download)
+
+
 def _data_tree(data: Data) -> dict[str, Any]:
-    return {"source": data} if isinstance(data, str) else dict(data)
+    """Return a data set's settings: of a source's name, or of the path of a folder or an ``.npz`` file."""
+    if not isinstance(data, str):
+        return dict(data)
+    path = Path(data)
+    if data in SOURCES:
+        return {"source": data}
+    if path.suffix == ".npz":
+        return {"source": "npz", "path": data}
+    return {"source": "folder", "path": data} if path.is_dir() or len(path.parts) > 1 else {"source": data}
+
+
+def _arm(method: str) -> str:
+    """Return an arm's name for a method's, which a plug-in may spell in its own way."""
+    return re.sub(r"[^a-z0-9_.]", "_", method.lower())
 
 
 def _named(model: Model, name: str) -> tuple[str, dict[str, Model]]:
     return (model, {}) if isinstance(model, str) else (name, {name: model})
+
+
+def _check_modules(config: StudyConfig, networks: Mapping[str, Model]) -> None:
+    """Refuse a module for several seeds: networks that all start from its weights would not be independent."""
+    modules = {name for name, model in networks.items() if isinstance(model, nn.Module)}
+    for spec in (*config.teachers.values(), *config.students.values()):
+        if isinstance(spec, (TrainedTeacher, Student)) and spec.model in modules and len(config.seeds) > 1:
+            raise InputError(
+                f"{spec.model} is a module, and every one of {len(config.seeds)} seeds would start from its weights: "
+                "give a function (num_classes, in_channels) -> module instead"
+            )
 
 
 def _factory(model: Model) -> NetworkFactory:

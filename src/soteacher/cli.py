@@ -23,9 +23,9 @@ app = typer.Typer(
     help="Train teachers that teach: student-oriented teachers, knowledge distillation, honest statistics.",
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
-recipes_app = typer.Typer(help="Whole studies by name.")
-methods_app = typer.Typer(help="Teacher and distillation methods.")
-data_app = typer.Typer(help="Data sets.")
+recipes_app = typer.Typer(help="Whole studies by name.", invoke_without_command=True)
+methods_app = typer.Typer(help="Teacher and distillation methods.", invoke_without_command=True)
+data_app = typer.Typer(help="Data sets.", invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(methods_app, name="methods")
 app.add_typer(data_app, name="data")
@@ -63,7 +63,9 @@ ForeignModel = Annotated[str | None, typer.Option("--teacher-model", help="Netwo
 def main() -> None:
     """Run the command line. Bad input ends in one line on standard error and exit status 2, a stopped run in 130."""
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name="soteacher", standalone_mode=False)
+        if status == 130:  # Ctrl-C: some releases of typer turn it into this
+            raise KeyboardInterrupt
     except UsageError as error:
         context = error.ctx
         _fail(error.format_message().rstrip(".") + (f"; see '{context.command_path} --help'" if context else ""))
@@ -74,7 +76,7 @@ def main() -> None:
     except InterruptedRunError as error:
         _fail(str(error), status=130)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("stopped before there was anything to save", status=130)
+        _fail("stopped", status=130)
     except OSError as error:
         message = unwritable(error)
         if message is None:
@@ -143,7 +145,7 @@ def teach(
     _study(
         out,
         lambda **shared: api.teach(
-            model, _data(data), out, method=method, seeds=range(seeds), training=_training(epochs),
+            model, data, out, method=method, seeds=range(seeds), training=_training(epochs),
             settings=settings or (), **shared,
         ),
         device=device, resume=resume, workers=workers, data_root=data_root,
@@ -172,7 +174,7 @@ def distill(
     _study(
         out,
         lambda **shared: api.distill(
-            teacher, model, _data(data), out, method=method, teacher_model=teacher_model, seeds=range(seeds),
+            teacher, model, data, out, method=method, teacher_model=teacher_model, seeds=range(seeds),
             training=_training(epochs), settings=settings or (), **shared,
         ),
         device=device, resume=resume, workers=workers, data_root=data_root,
@@ -191,7 +193,7 @@ def evaluate(
     """Print accuracy, negative log-likelihood and calibration error of a network."""
     from soteacher import api
 
-    figures = api.evaluate(network, _data(data), model=model, split=split, data_root=data_root, device=device.value)
+    figures = api.evaluate(network, data, model=model, split=split, data_root=data_root, device=device.value)
     typer.echo(f"accuracy  {100 * figures['accuracy']:.2f} %")
     typer.echo(f"nll       {figures['nll']:.4f} nats")
     typer.echo(f"ece       {figures['ece']:.4f}")
@@ -209,8 +211,8 @@ def export(
     """Write a network for deployment, checked against PyTorch on real images."""
     from soteacher import api
 
-    difference = api.export(network, _data(data), out, form=form.value, model=model, data_root=data_root)
-    typer.echo(f"{out}: agrees with PyTorch to {difference:.1e} of the largest logit on 64 test images")
+    difference = api.export(network, data, out, form=form.value, model=model, data_root=data_root)
+    typer.echo(f"{out}: agrees with PyTorch to {difference:.1e} of the largest logit on images of the test set")
 
 
 @app.command()
@@ -231,6 +233,13 @@ def models() -> None:
     typer.echo("wrn_DEPTH_WIDTH, resnetDEPTH and resnetDEPTHx4 of other sizes; timm/NAME: every classifier of timm")
 
 
+@recipes_app.callback()
+def recipes(context: typer.Context) -> None:
+    """List them, where no other command is named."""
+    if context.invoked_subcommand is None:
+        list_recipes()
+
+
 @recipes_app.command("list")
 def list_recipes() -> None:
     """List the recipes."""
@@ -245,6 +254,13 @@ def show_recipe(name: Annotated[str, typer.Argument(help="The recipe's name.")])
     from soteacher.recipes import recipe_text
 
     typer.echo(recipe_text(name), nl=False)
+
+
+@methods_app.callback()
+def methods(context: typer.Context) -> None:
+    """List them, where no other command is named."""
+    if context.invoked_subcommand is None:
+        list_methods()
 
 
 @methods_app.command("list")
@@ -263,6 +279,13 @@ def show_method(name: Annotated[str, typer.Argument(help="The method's name.")])
     typer.echo(describe_method(name))
 
 
+@data_app.callback()
+def data(context: typer.Context) -> None:
+    """List them, where no other command is named."""
+    if context.invoked_subcommand is None:
+        list_data()
+
+
 @data_app.command("list")
 def list_data() -> None:
     """List the data sources."""
@@ -276,13 +299,11 @@ def fetch_data(
     source: Annotated[str, typer.Argument(help="A source, or a folder or .npz file.")], data_root: Root = None
 ) -> None:
     """Fetch a data set where it is not there yet, check it, and say what is in it."""
-    from soteacher.data import load_data
-    from soteacher.recipes import read_study
+    from soteacher.api import read_data
     from soteacher.terminal import DownloadBar
 
-    study = read_study({"data": _data(source), "students": {"alone": {"model": "resnet8", "method": "alone"}}})
     with DownloadBar() as bar:
-        images = load_data(study.data, data_root, progress=bar)
+        images = read_data(source, data_root, on_download=bar)
     typer.echo(
         f"{images.name}: {images.train.num_examples} training and {images.test.num_examples} test images, "
         f"{images.image_size} x {images.image_size} x {images.in_channels}, {images.num_classes} classes"
@@ -313,16 +334,6 @@ def _print_results(results: dict[str, Any], out: Path) -> None:
     from soteacher.terminal import print_results
 
     print_results(results, out)
-
-
-def _data(text: str) -> dict[str, Any]:
-    """Return a data set's settings: a source's name, or the path of a folder or of an .npz file."""
-    path = Path(text)
-    if path.suffix == ".npz":
-        return {"source": "npz", "path": text}
-    if path.is_dir() or len(path.parts) > 1:
-        return {"source": "folder", "path": text}
-    return {"source": text}
 
 
 def _training(epochs: int | None) -> dict[str, Any]:

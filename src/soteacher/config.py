@@ -19,6 +19,8 @@ from soteacher.settings import Settings, merge, parse
 from soteacher.train.config import Point, TrainingConfig, epochs_at
 from soteacher.train.logs import LoggerName
 
+FREE = ("description", "baseline", "logging")
+"""Settings that change no number of a network: a run may go on with others."""
 ArmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.]*$")]
 TermSettings = dict[str, dict[str, Any] | None]
 
@@ -54,6 +56,10 @@ class FileTeacher(Settings):
     """A run folder, a network's folder, a ``model.safetensors`` or a foreign checkpoint (``.pth``)."""
     model: str | None = None
     """Network of a foreign checkpoint, which does not say it itself; a network of ours is known without."""
+    mean: tuple[float, ...] | None = None
+    """By channel, what a foreign checkpoint was trained to subtract from images in [0, 1]; null: the data's."""
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """By channel, what it was trained to divide by; null: the data's."""
 
 
 class Student(Settings):
@@ -96,6 +102,13 @@ class Arm:
     student: str
     teacher: str | None
     baseline: str | None
+
+
+class DataChoice(Settings):
+    """A data set alone, where no study is needed."""
+
+    data: DataConfig
+    """The images, by ``source``."""
 
 
 class StudyConfig(Settings):
@@ -163,6 +176,8 @@ class StudyConfig(Settings):
         place = f"students.{name}"
         self.training_of(student, place)
         distils = any(config.needs_teacher for config in terms_of(student, place).values())
+        if len(set(student.teachers or ())) < len(student.teachers or ()):
+            raise InputError(f"{place}.teachers must all be different, got {list(student.teachers or ())}")
         for teacher in student.teachers or ():
             if teacher not in self.teachers:
                 raise InputError(f"{place}.teachers: {unknown_name('teacher', teacher, self.teachers)}")
@@ -232,11 +247,13 @@ def to_yaml(config: StudyConfig) -> str:
 def differences(old: StudyConfig, new: StudyConfig) -> list[str]:
     """Return what keeps a study from going on in the folder of another: each changed key with both values.
 
-    More seeds, teachers and students are no obstacle: what is finished stays as it is.
+    More seeds, teachers and students are no obstacle: what is finished stays as it is. Nor is what changes no number:
+    the description, the baselines and where the curves go.
     """
     before, after = (_flat(config.model_dump(mode="json", by_alias=True)) for config in (old, new))
     for tree in (before, after):
-        tree.pop("description", None)
+        for key in [key for key in tree if key in FREE or key.endswith(".baseline")]:
+            del tree[key]
     lines: list[str] = []
     for key in [*before, *(key for key in after if key not in before)]:
         if key == "seeds" and set(before[key]) <= set(after[key]):

@@ -17,14 +17,10 @@ from torch import nn
 
 from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher, terms_of
 from soteacher.data import TrainLoader
+from soteacher.environment import environment
 from soteacher.errors import InputError
 from soteacher.files import read_json, write_tensors, write_text
-from soteacher.models.classifier import Classifier, NetworkSpec
-from soteacher.models.taps import Tapped, resolve_taps
-from soteacher.models.weights import save_classifier
-from soteacher.objective import Term
-from soteacher.randomness import derive_seed
-from soteacher.study import (
+from soteacher.jobs import (
     Job,
     OnEvent,
     Study,
@@ -36,7 +32,13 @@ from soteacher.study import (
     restored,
     spec_of,
     task_of,
+    weights_checksum,
 )
+from soteacher.models.classifier import Classifier, NetworkSpec
+from soteacher.models.taps import Tapped, resolve_taps
+from soteacher.models.weights import save_classifier
+from soteacher.objective import Term
+from soteacher.randomness import derive_seed
 from soteacher.train.checkpoint import Checkpoint
 from soteacher.train.config import TrainingConfig, epochs_at
 from soteacher.train.evaluate import Evaluation, evaluate
@@ -74,12 +76,13 @@ def _train(
     training, terms, task = study.config.training_of(spec), terms_of(spec), task_of(study.data)
     torch.manual_seed(derive_seed(job.seed, job.role, "weights"))  # arms of one seed start from the same weights
     classifier, network = new_classifier(study, spec.model, pretrained=spec.pretrained)
+    start = weights_checksum(classifier.network)
     trainee = _trainee(study, job, classifier, training, [config.term(task) for config in terms.values()])
     batches = TrainLoader(
         study.data.train, batch_size=training.batch_size, augment=study.config.data.augment,
         seed=derive_seed(job.seed, job.role, "data"), device=trainee.fabric.device, workers=torch.get_num_threads(),
     )  # fmt: skip
-    fingerprint = _fingerprint(study, job, network, spec)
+    fingerprint = _fingerprint(study, job, network, spec, start)
     checkpoint = Checkpoint(study.folder_of(job) / "resume", fingerprint)
     history = _fit(study, job, trainee, batches, classifier, checkpoint, on_event=on_event, should_stop=should_stop)
     facts = {
@@ -182,6 +185,7 @@ def _finish(
     everything = {
         "role": job.role, "arm": job.arm, "seed": job.seed, "row": row, **facts,
         "data": study.config.data.model_dump(mode="json"),
+        "environment": environment(study.device, torch.get_num_threads()),
         "reliability": {split: figure.reliability for split, figure in figures.items()},
     }  # fmt: skip
     save_classifier(study.folder_of(job), classifier, network, everything)
@@ -233,14 +237,8 @@ def _take_saved(study: Study, job: Job, spec: SavedTeacher) -> None:
     path = _epoch_weights(folder, epochs)
     facts = read_json(folder / "model.json")
     history = _read_lines(folder / "metrics.jsonl")[:epochs]
-    if epochs == len(_read_lines(folder / "metrics.jsonl")):
+    if epochs == study.config.training_of(trained).epochs:
         path = folder / "model.safetensors"
-    if not path.exists():
-        kept = sorted(int(other.stem.removeprefix("after-")) for other in path.parent.glob("after-*.safetensors"))
-        raise InputError(
-            f"the weights of {source.name} after {epochs} epochs were not kept; kept: {kept or 'none'}; "
-            "set save_every in its training and train it anew"
-        )
     network = NetworkSpec(**facts["network"])
     classifier = restored(study, network, path)
     _write_lines(study.folder_of(job) / "metrics.jsonl", history)
@@ -249,14 +247,34 @@ def _take_saved(study: Study, job: Job, spec: SavedTeacher) -> None:
     _finish(study, job, classifier, network, history, {**kept_facts, "fingerprint": fingerprint})
 
 
+def check_saved(study: Study) -> None:
+    """Make sure that the earlier states that teachers are made of were or will be kept.
+
+    Raises:
+        InputError: a teacher is finished, and its weights of that time were not kept.
+    """
+    for job in jobs_of(study.config):
+        spec = spec_of(study.config, job)
+        if not isinstance(spec, SavedTeacher) or study.finished(job):
+            continue
+        source, trained = Job("teacher", spec.teacher, job.seed), study.config.teachers[spec.teacher]
+        assert isinstance(trained, TrainedTeacher)
+        epochs = study.config.training_of(trained).epochs
+        wanted, folder = epochs_at(spec.after, epochs), study.folder_of(source)
+        if study.finished(source) and wanted < epochs and not _epoch_weights(folder, wanted).exists():
+            kept = sorted(int(path.stem.removeprefix("after-")) for path in folder.glob("epochs/after-*.safetensors"))
+            raise InputError(
+                f"{job.name}: the weights of {source.name} after {wanted} epochs were not kept; kept: "
+                f"{kept or 'none'}; set save_every in its training and train it anew"
+            )
+
+
 def _take_file(study: Study, job: Job, spec: FileTeacher) -> None:
     """Make a teacher of a file."""
     classifier, network = load_teacher_file(study, spec)
-    checksum = blake2b(digest_size=16)
-    for name, tensor in sorted(classifier.network.state_dict().items()):
-        checksum.update(name.encode() + tensor.detach().cpu().numpy().tobytes())
     _write_lines(study.folder_of(job) / "metrics.jsonl", [])
-    _finish(study, job, classifier, network, [], {"method": "file", "fingerprint": checksum.hexdigest()})
+    facts = {"method": "file", "fingerprint": weights_checksum(classifier.network)}
+    _finish(study, job, classifier, network, [], facts)
 
 
 def _fingerprint(
@@ -264,13 +282,14 @@ def _fingerprint(
     job: Job,
     network: NetworkSpec,
     spec: TrainedTeacher | Student,
+    start: str,
 ) -> str:
     """Return the checksum of everything that decides a network's numbers."""
     teacher = _teacher_job(study, job)
     facts = {
         "data": study.data.checksum, "augment": study.config.data.augment.model_dump(mode="json"),
         "seed": job.seed, "role": job.role,
-        "network": network.model_dump(mode="json"), "pretrained": spec.pretrained,
+        "network": network.model_dump(mode="json"), "start": start,
         "training": study.config.training_of(spec).model_dump(mode="json"),
         "terms": {name: config.model_dump(mode="json") for name, config in terms_of(spec).items()},
         "teacher": read_json(study.folder_of(teacher) / "model.json")["fingerprint"] if teacher else None,

@@ -48,7 +48,8 @@ def claim(run: Path, config: StudyConfig, state: dict[str, Any], *, resume: bool
     Args:
         run: the folder, locked.
         config: the study.
-        state: facts of this start that a resumed run must share or keep: ``data_checksum``, ``threads``, ``device``.
+        state: facts of this start that a resumed run must share or keep: ``data_checksum``, ``own_networks``,
+            ``device``, ``threads``; and what it remembers: ``environment``, ``skipped_images``.
         resume: whether an unfinished or finished run of the same study may be there.
 
     Returns:
@@ -74,6 +75,8 @@ def claim(run: Path, config: StudyConfig, state: dict[str, Any], *, resume: bool
     first = read_json(run / STATE)
     if first["data_checksum"] != state["data_checksum"]:
         raise InputError(f"{run} was started on other data: its checksum was {first['data_checksum']}")
+    if first["own_networks"] != state["own_networks"]:
+        raise InputError(f"{run} was started with other networks of your own; choose another folder with --out")
     if first["device"] != state["device"]:
         raise InputError(f"{run} was started on {first['device']}, and this is {state['device']}; see --device")
     _tidy(run)

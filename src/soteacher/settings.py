@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar, cast
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
 
 from soteacher.errors import InputError, unknown_name
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
+_WANTED: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number"}
+_SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
+"""Numbers such as ``1e-5``, which YAML 1.1 reads as text."""
+
+
 class Settings(BaseModel):
-    """Frozen settings that accept no unknown key, NaN or infinity."""
+    """Frozen settings that accept no unknown key, NaN or infinity, and no value of another type than the wanted one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -27,6 +35,59 @@ class Settings(BaseModel):
                 if key not in known:
                     raise unknown_name("key", str(key), known)
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_types(cls, value: Any) -> Any:
+        """Refuse what pydantic would quietly turn into the wanted type: true into 1, "7" into 7, "yes" into true."""
+        if not isinstance(value, Mapping):
+            return value
+        table = cast("Mapping[str, Any]", value)
+        wrong = [
+            InitErrorDetails(
+                type="value_error", loc=(key, *place), input=found, ctx={"error": InputError(_wanted(wanted, found))}
+            )
+            for key, annotation in _annotations(cls).items()
+            if key in table
+            for place, found, wanted in _mistyped(table[key], annotation)
+        ]
+        if wrong:
+            raise ValidationError.from_exception_data(cls.__name__, wrong)
+        return cast("Any", value)
+
+
+def _annotations(model: type[BaseModel]) -> dict[str, Any]:
+    """Return what each field wants, by the key that it has in a study."""
+    return {field.alias or name: field.annotation for name, field in model.model_fields.items()}
+
+
+def _wanted(wanted: Any, value: Any) -> str:
+    return f"wanted {_WANTED[wanted]}, got {shortened(value)}"
+
+
+def _mistyped(value: Any, annotation: Any) -> Iterator[tuple[tuple[int, ...], Any, Any]]:
+    """Yield the numbers and truth values of another type than a field wants: place in the field, value, wanted type."""
+    if get_origin(annotation) is Annotated:
+        yield from _mistyped(value, get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, UnionType):
+        choices = [choice for choice in get_args(annotation) if choice is not NoneType]
+        if value is not None and len(choices) == 1:
+            yield from _mistyped(value, choices[0])
+    elif get_origin(annotation) is tuple and isinstance(value, (list, tuple)):
+        items = cast("Sequence[Any]", value)
+        first, *others = get_args(annotation)
+        each = [first] * len(items) if others == [...] else [first, *others]
+        for index, (item, inner) in enumerate(zip(items, each, strict=False)):
+            yield from (((index, *place), found, wanted) for place, found, wanted in _mistyped(item, inner))
+    elif annotation in (bool, int, float) and value is not None and not _fits(value, annotation):
+        yield (), value, annotation
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Return whether a value may stand for a truth value or number; the number itself is pydantic's to check."""
+    if wanted is bool or isinstance(value, bool):
+        return wanted is bool and isinstance(value, bool)
+    return not isinstance(value, str) or (wanted is float and _SCIENTIFIC.fullmatch(value) is not None)
 
 
 def parse(model: type[ModelT], value: Any, *, place: str = "", source: str = "") -> ModelT:
@@ -106,6 +167,31 @@ def _merge_tables(below: Mapping[str, Any], value: Mapping[str, Any]) -> dict[st
     return merge(below, value) if same_kind else dict(value)
 
 
+class _OneOfEachKey(yaml.SafeLoader):
+    """Refuses a table in which a key stands twice: YAML forbids it, and the library would drop the first."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        first: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue  # of tables merged with "<<" none is dropped
+            name = (key.tag, key.value)
+            if name in first:
+                problem = f"the key {key.value!r} stands in line {first[name]} already"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            first[name] = key.start_mark.line + 1
+        return node
+
+
+def _read_yaml(text: str) -> Any:
+    loader = _OneOfEachKey(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def apply_settings(tree: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
     """Return a study's tree with ``path.to.field=value`` settings laid on it; values are read as YAML.
 
@@ -118,7 +204,7 @@ def apply_settings(tree: Mapping[str, Any], settings: Iterable[str]) -> dict[str
         if not equals or not path:
             raise InputError(f"--set wants path.to.field=value, got {setting!r}")
         try:
-            value = yaml.safe_load(text)
+            value = _read_yaml(text)
         except (yaml.YAMLError, ValueError):  # a date that is none is a ValueError
             raise InputError(f"--set {path}: {text!r} is no YAML value") from None
         *parents, last = path.split(".")
@@ -141,10 +227,10 @@ def read_tree(text: str, source: str) -> dict[str, Any]:
     """Return the tree that a study's YAML text holds.
 
     Raises:
-        InputError: no YAML, or no table at its top.
+        InputError: no YAML, a key that stands twice in a table, or no table at its top.
     """
     try:
-        tree = yaml.safe_load(text)
+        tree = _read_yaml(text)
     except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
         mark = getattr(error, "problem_mark", None)
         place = f" in line {mark.line + 1}" if mark else ""

@@ -5,31 +5,28 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from hashlib import blake2b
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 
 import soteacher
 from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher, terms_of
 from soteacher.data import load_data
 from soteacher.environment import environment
-from soteacher.errors import InputError
+from soteacher.errors import InputError, InterruptedRunError
 from soteacher.files import read_json, write_json
-from soteacher.models.taps import Tapped, resolve_taps
-from soteacher.networks import train_network
-from soteacher.pool import Work, available_cores, default_workers, run_side_by_side
-from soteacher.report import write_report
-from soteacher.run_folder import LOG, STATE, claim, locked, network_folder, read_config
-from soteacher.statistics import summarise
-from soteacher.study import (
+from soteacher.jobs import (
     Job,
     NetworkFactory,
     OnEvent,
@@ -41,6 +38,14 @@ from soteacher.study import (
     spec_of,
     task_of,
 )
+from soteacher.models.taps import Tapped, resolve_taps
+from soteacher.models.zoo import check_network
+from soteacher.networks import check_saved, train_network
+from soteacher.pool import Work, available_cores, default_workers, run_side_by_side
+from soteacher.report import write_report
+from soteacher.run_folder import LOG, STATE, claim, locked, network_folder, read_config
+from soteacher.statistics import summarise
+from soteacher.train.logs import check_loggers
 
 SCHEMA = 1
 
@@ -80,14 +85,20 @@ def run_study(
         WorkerDiedError: a worker process was killed.
     """
     device, workers = pick_device(device), _checked_workers(workers, factories)
+    _check_names(config, factories or {})
     study = Study(config, folder, load_data(config.data, data_root, progress=on_download), device, factories or {})
     _check_networks(study)
+    check_saved(study)
     cores = available_cores()
     plan = default_workers(cores, _width(config), device)
     if workers is not None:
         plan = {"workers": workers, "threads": max(1, cores // workers)}
     with locked(folder) as lock:
-        state = {"data_checksum": study.data.checksum, "device": device, **plan}
+        state = {
+            "data_checksum": study.data.checksum, "device": device, **plan,
+            "environment": environment(device, plan["threads"]), "skipped_images": list(map(str, study.data.skipped)),
+            "own_networks": {name: _shapes_checksum(study, name) for name in study.factories},
+        }  # fmt: skip
         plan = claim(folder, config, state, resume=resume)  # a resumed run keeps its threads: they decide the last bit
         plan = plan if workers is None else {**plan, "workers": workers}
         waiting = {job: needed for job, needed in jobs_of(study.config).items() if not study.finished(job)}
@@ -146,6 +157,8 @@ def _run_here(
     torch.set_num_threads(threads)
     try:
         for job in jobs:
+            if should_stop():
+                raise InterruptedRunError("stopped between two networks")
             try:
                 train_network(study, job, on_event=on_event, should_stop=should_stop)
             except InputError as error:
@@ -210,6 +223,22 @@ def _ignore(job: Job, event: dict[str, Any]) -> None:
     del job, event
 
 
+def _check_names(config: StudyConfig, factories: Mapping[str, NetworkFactory]) -> None:
+    """Find misspelt networks and missing packages before a data set is downloaded for them."""
+    check_loggers(config.logging)
+    for spec in (*config.teachers.values(), *config.students.values()):
+        model = None if isinstance(spec, SavedTeacher) else spec.model
+        if model is not None and model not in factories:
+            check_network(model)
+
+
+def _shapes_checksum(study: Study, model: str) -> str:
+    """Return a checksum of the names and shapes of the weights of one of the caller's own networks."""
+    state = new_classifier(study, model, pretrained=False)[0].network.state_dict()
+    shapes = sorted((name, list(tensor.shape)) for name, tensor in state.items())
+    return blake2b(json.dumps(shapes).encode(), digest_size=16).hexdigest()
+
+
 @torch.no_grad()
 def _check_networks(study: Study) -> None:
     """Build every network and show it two examples, so that what cannot work fails before anything is written."""
@@ -226,22 +255,48 @@ def _check_networks(study: Study) -> None:
             features = sorted({name for term in terms for name in term.features})
         try:
             logits, _ = Tapped(classifier.eval(), resolve_taps(classifier, features))(images)
-        except RuntimeError as error:  # what a network asks of its input, PyTorch says in its own words
-            reason = str(error).splitlines()[0]
-            raise InputError(f"{spec.model} cannot take images of shape {list(images.shape[1:])}: {reason}") from error
+        except InputError:
+            raise
+        except Exception as error:  # what a network asks of its input, each library says in its own words
+            raise InputError(f"{spec.model} cannot take images of shape {list(images.shape[1:])}: {error}") from error
         if logits.shape[1] != study.data.num_classes:
             raise InputError(f"{spec.model} gives {logits.shape[1]} logits for {study.data.num_classes} classes")
+        if not isinstance(spec, FileTeacher):
+            _check_last_batch(study, spec, classifier, images)
 
 
-def collect_results(config: StudyConfig, folder: Path, *, device: str, threads: int) -> dict[str, Any]:
-    """Return what ``results.json`` holds: the rows of all finished networks, and the summary of the student arms."""
+def _check_last_batch(
+    study: Study, spec: TrainedTeacher | Student, classifier: nn.Module, images: torch.Tensor
+) -> None:
+    """Make sure that a network can be trained on the last batch of an epoch where that is a single example."""
+    size, examples = study.config.training_of(spec).batch_size, study.data.train.num_examples
+    if examples % size != 1 and size != 1:
+        return
+    try:
+        classifier.train()(images[:1])
+    except ValueError as error:
+        raise InputError(
+            f"{spec.model} cannot be trained on a batch of one example, and {examples} examples in batches of {size} "
+            f"leave one: choose another batch_size ({error})"
+        ) from error
+
+
+def collect_results(config: StudyConfig, folder: Path, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``results.json`` holds: the rows of all finished networks, and the summary of the student arms.
+
+    Args:
+        config: the study.
+        folder: the run's folder.
+        state: what was written at the run's first start; see :func:`soteacher.run_folder.claim`.
+    """
     paths = [network_folder(folder, job.role, job.arm, job.seed) / "model.json" for job in jobs_of(config)]
     rows = [read_json(path)["row"] for path in paths if path.exists()]
     return {
         "schema": SCHEMA,
         "soteacher_version": soteacher.__version__,
         "recipe": config.name,
-        "environment": environment(device, threads),
+        "environment": state["environment"],
+        "skipped_images": state["skipped_images"],
         "rows": rows,
         "summary": summarise(rows, {arm.name: arm.baseline for arm in config.arms()}),
     }
@@ -253,12 +308,14 @@ def report_again(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: the folder holds no run.
     """
-    config, state = read_config(folder), read_json(folder / STATE)
-    return _write_results(config, folder, state)
+    config = read_config(folder)
+    if not (folder / STATE).exists():
+        raise InputError(f"{folder} holds a run that has not started: there is no {STATE} in it")
+    return _write_results(config, folder, read_json(folder / STATE))
 
 
 def _write_results(config: StudyConfig, folder: Path, state: Mapping[str, Any]) -> dict[str, Any]:
-    results = collect_results(config, folder, device=state["device"], threads=state["threads"])
+    results = collect_results(config, folder, state)
     write_json(folder / "results.json", results)
     write_report(folder)
     return results

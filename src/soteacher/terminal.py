@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from soteacher.jobs import Job, jobs_of
 from soteacher.report import summary_sentence, summary_table
 from soteacher.run_folder import LOG, network_folder, read_config
-from soteacher.study import Job, jobs_of
 
 SECONDS_BETWEEN_LINES = 5.0
 """In a pipe, a network's epochs are not told more often than this."""
@@ -158,6 +158,11 @@ def print_results(results: dict[str, Any], run: Path) -> None:
         for row in teachers:
             accuracy = f"{100 * row['accuracy_last']:.2f} %"
             console.print(f"{row['arm']}/seed{row['seed']}: test accuracy {accuracy}", highlight=False, markup=False)
+    skipped = results["skipped_images"]
+    if skipped:
+        more = " ..." if len(skipped) > 3 else ""
+        line = f"left out {len(skipped)} images that cannot be read: {', '.join(skipped[:3])}{more}"
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     networks = f"networks: {run}/{'students' if results['summary'] else 'teachers'}/ARM/seedN/model.safetensors"
     for line in (networks, f"report: {run / 'report.html'}"):
         console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -62,9 +62,9 @@ def serve(run: Path, device: str, threads: int, data_root: Path | None, stop: _S
     import torch
 
     from soteacher.data import load_data
+    from soteacher.jobs import Job, Study
     from soteacher.networks import train_network
     from soteacher.run_folder import read_config
-    from soteacher.study import Job, Study
 
     torch.set_num_threads(threads)
     config = read_config(run)

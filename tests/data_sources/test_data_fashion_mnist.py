@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import os
 import struct
 from pathlib import Path
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from soteacher.data import fashion_mnist
 from soteacher.data.dataset import class_balanced_subset
 from soteacher.data.embedded import PATH, FashionMnistSmallConfig
 from soteacher.data.fashion_mnist import FashionMnistConfig, obtain_files, read_idx
@@ -22,7 +24,7 @@ def _pixels(count: int) -> np.ndarray:
 
 
 @pytest.fixture(params=["plain", "gz"])
-def root(request, tmp_path):
+def root(request, tmp_path, monkeypatch):
     """Give a root with a tiny Fashion-MNIST."""
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
@@ -30,7 +32,9 @@ def root(request, tmp_path):
         labels = (np.arange(count) % 10).astype(np.uint8)
         for name, array in ((f"{stem}-images-idx3-ubyte", _pixels(count)), (f"{stem}-labels-idx1-ubyte", labels)):
             if request.param == "gz":
-                (raw / f"{name}.gz").write_bytes(gzip.compress(_idx(array)))
+                content = gzip.compress(_idx(array))
+                (raw / f"{name}.gz").write_bytes(content)
+                monkeypatch.setitem(fashion_mnist._MD5, name, hashlib.md5(content).hexdigest())
             else:
                 (raw / name).write_bytes(_idx(array))
     return tmp_path
@@ -79,6 +83,18 @@ def test_files_that_do_not_fit_are_refused(root, name, array, words):
     (root / "FashionMNIST" / "raw" / name).write_bytes(_idx(array))  # a plain file goes before a compressed one
     with pytest.raises(InputError, match=words):
         FashionMnistConfig().load(root)
+
+
+@pytest.mark.parametrize("root", ["gz"], indirect=True)
+def test_a_compressed_file_with_another_checksum_is_refused(root):
+    archive = root / "FashionMNIST" / "raw" / "train-images-idx3-ubyte.gz"
+    content = gzip.compress(_idx(_pixels(20)[::-1].copy()))  # whole, and of the right shape
+    archive.write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        FashionMnistConfig().load(root)
+    assert str(caught.value).startswith(f"{archive} is damaged: its checksum is {hashlib.md5(content).hexdigest()}")
+    (archive.parent / "train-images-idx3-ubyte").write_bytes(_idx(_pixels(20)))  # goes before it
+    FashionMnistConfig().load(root)
 
 
 def test_missing_files_are_asked_for(root):

@@ -1,3 +1,9 @@
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +138,9 @@ def test_progress_is_told_in_bytes(photographs):
 def test_an_unreadable_image_is_an_error_that_names_it(photographs):
     broken = photographs / "train" / "dog" / "1.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
-    assert _refused(photographs).startswith(f"cannot read image {broken}: ")
+    message = _refused(photographs)
+    assert message.startswith(f"cannot read image {broken}: ")
+    assert message.endswith("; skip_unreadable: true leaves such images out")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -143,7 +151,76 @@ def test_an_unreadable_image_in_a_stream_is_an_error_in_one_line(photographs, wo
     with pytest.raises(InputError) as caught:
         _batches(data, workers=workers)
     assert str(caught.value).startswith(f"cannot read image {broken}: ")
+    assert "skip_unreadable" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def _workers_of_this_process() -> list[int]:
+    return [process.pid for process in multiprocessing.active_children() if process.pid is not None]
+
+
+def test_decoding_outlasts_signals_to_all_processes_and_ends_with_the_iteration(photographs):
+    data = _load(photographs, in_memory=False)
+    wanted = _batches(data)
+    loader = TrainLoader(data.train, batch_size=5, augment=DEFAULT, seed=0, device="cpu", workers=2)
+    batches = loader.epoch(1)
+    found = [next(batches)]
+    processes = _workers_of_this_process()
+    assert len(processes) == 2
+    for process in processes:
+        os.kill(process, signal.SIGTERM)
+        os.kill(process, signal.SIGINT)
+    found += batches
+    assert all(torch.equal(one.images, other.images) for one, other in zip(found, wanted, strict=True))
+    assert _workers_of_this_process() == []
+    broken_off = loader.epoch(1)
+    next(broken_off)
+    assert len(_workers_of_this_process()) == 2
+    broken_off.close()
+    assert _workers_of_this_process() == []
+
+
+SCRIPT = """
+import multiprocessing, sys, time
+from pathlib import Path
+import torch
+import torch.utils.data._utils.worker as worker
+from soteacher.data.folder import FolderConfig
+from soteacher.data.loader import EvaluationLoader
+
+worker.MP_STATUS_CHECK_INTERVAL = 0.2  # how often a process looks after its parent; 5 seconds otherwise
+data = FolderConfig(path=Path(sys.argv[1]), image_size=8, in_memory=False).load(Path(sys.argv[1]))
+batches = iter(EvaluationLoader(data.train, batch_size=2, device="cpu", workers=2))
+next(batches)
+print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+if sys.argv[2] == "killed":
+    time.sleep(60)
+"""
+
+
+def _running(process: int) -> bool:
+    state = Path(f"/proc/{process}/stat")
+    return state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks at processes in /proc")
+@pytest.mark.parametrize("end", ["killed", "at its end"])
+def test_decoding_ends_when_the_program_ends_amid_an_iteration(photographs, end):
+    with subprocess.Popen([sys.executable, "-c", SCRIPT, str(photographs), end], stdout=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        processes = [int(word) for word in program.stdout.readline().split()]
+        assert len(processes) == 2
+        if end == "killed":
+            program.kill()
+        try:
+            program.wait(20)
+        finally:
+            program.kill()
+        assert program.returncode == (-signal.SIGKILL if end == "killed" else 0)
+        patience = time.monotonic() + 20
+        while any(map(_running, processes)) and time.monotonic() < patience:
+            time.sleep(0.05)
+        assert not any(map(_running, processes))
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

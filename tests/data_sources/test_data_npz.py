@@ -78,6 +78,10 @@ NAN[4, 2, 2] = np.nan
         ({"train_labels": np.zeros((12, 1), int)}, r"int64 of shape \[12, 1\]"),
         ({"train_labels": np.arange(12) % 3 * 2}, "train_labels of .* has no example of class 1 among 0 to 4"),
         ({"train_labels": np.zeros(12, int)}, "one class only"),
+        (
+            {"train_labels": np.ones(12, int), "class_names": np.array(["a", "b", "c"])},
+            "the training images of mine are of one class only, 'b'; wanted 2 or more",
+        ),
         ({"test_labels": np.full(6, 3)}, "test_labels of .* has label 3; wanted 0 to 2"),
         ({"label_names": np.array(["a", "b"])}, "train_labels of .* has label 2; wanted 0 to 1"),
         ({"label_names": np.arange(3)}, r"label_names of .* is int64 of shape \[3\]; wanted text"),

@@ -5,6 +5,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from soteacher.data import SOURCES, DataConfig, FolderConfig, NpzConfig, data_root, load_data
+from soteacher.errors import InputError
 
 
 def test_the_table_and_the_union_hold_the_same_sources():
@@ -54,6 +55,11 @@ def test_the_root_is_the_argument_else_the_variable_else_the_cache(monkeypatch, 
     assert data_root() == tmp_path
     monkeypatch.delenv("SOTEACHER_DATA")
     assert data_root() == Path.home() / ".cache" / "soteacher" / "data"
+
+
+def test_a_subset_of_one_class_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"the training images of fashion_mnist_small are of one class only, '.*'"):
+        load_data(SOURCES["fashion_mnist_small"](train_examples=1), tmp_path)
 
 
 def test_load_data_reads_a_source(tmp_path):

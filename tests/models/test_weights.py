@@ -11,7 +11,7 @@ from torch import nn
 
 from soteacher.errors import InputError
 from soteacher.models.classifier import Classifier, NetworkSpec, build_classifier
-from soteacher.models.weights import foreign_classifier, load_classifier, load_weights, read_weights, save_classifier
+from soteacher.models.weights import load_classifier, load_weights, read_facts, read_weights, save_classifier
 from soteacher.models.zoo import build_network
 
 SPEC = NetworkSpec(model="resnet8", num_classes=10, mean=(0.5,) * 3, std=(0.25,) * 3)
@@ -55,6 +55,8 @@ def refusal(call, *arguments, **settings) -> str:
         lambda state: state,
         lambda state: {"model": state, "epoch": 3, "accuracy": torch.tensor(0.5)},
         lambda state: {"state_dict": {"model": state}},
+        lambda state: {"net": state, "acc": 71.2, "epoch": 3},
+        lambda state: {"model_state_dict": state, "optimizer_state_dict": {"state": {}}},
         lambda state: {f"module._orig_mod.{name}": value for name, value in state.items()},
         lambda state: {"model": state, "opt": argparse.Namespace(learning_rate=0.05)},
     ],
@@ -124,8 +126,11 @@ def test_read_weights_refuses_text(tmp_path, content):
     ("stored", "came"),
     [
         ([1, 2], "got list"),
-        ({}, "got an empty one"),
-        ({"model": {}}, "got an empty one"),
+        ({}, "got an empty dictionary"),
+        ({"model": {}}, "got an empty dictionary"),
+        ({"weight": torch.ones(2), "optimizer": {"lr": 0.1}}, "'optimizer': a dictionary"),
+        ({"weight": torch.ones(2), "optimizer": {}}, "'optimizer': an empty dictionary"),
+        ({"weight": torch.ones(2).to_sparse()}, "'weight': a sparse Tensor"),
         (torch.ones(2), "got Tensor"),
         ({"weight": torch.ones(2), "epoch": 3}, "'epoch': int"),
         ({3: torch.ones(2)}, "3: Tensor"),
@@ -137,6 +142,22 @@ def test_read_weights_wants_tensors_by_name(tmp_path, stored, came):
     message = refusal(read_weights, path)
     assert str(path) in message
     assert came in message
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_read_weights_refuses_values_that_are_not_finite(tmp_path, network, suffix, value):
+    path = tmp_path / f"weights{suffix}"
+    state = network.state_dict() | {"fc.bias": torch.tensor([0.0] * 9 + [value])}
+    torch.save(state, path) if suffix == ".pth" else safetensors.torch.save_file(state, path)
+    message = refusal(read_weights, path)
+    assert message == f"{path} holds no usable weights: fc.bias has values that are NaN or infinite"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.complex64, torch.int64])
+def test_read_weights_takes_every_kind_of_number(tmp_path, dtype):
+    torch.save({"weight": torch.ones(3).to(dtype)}, tmp_path / "weights.pth")
+    assert read_weights(tmp_path / "weights.pth")["weight"].dtype == dtype
 
 
 def test_read_weights_of_no_file(tmp_path):
@@ -231,14 +252,29 @@ def test_load_classifier_of_nothing(tmp_path, classifier):
         ("[]", "does not describe a model"),
         ('{"schema": 2, "network": {}}', "wanted schema 1 and network, got schema 2"),
         ('{"schema": 1}', "wanted schema 1 and network"),
-        ('{"schema": 1, "network": {"model": 3}}', "network.model: Input should be a valid string, got 3"),
+        ('{"schema": 1, "network": {"model": 3}}', "network.model: should be a valid string, got 3"),
         ('{"schema": 1, "network": 3}', "network: "),
+        ('{"architectures": ["ResNetForImageClassification"]}', "does not describe a model: wanted schema 1"),
+        ('{"schema": 1, "network": {"layers": [1, 2]}}', "network: unknown key 'layers'; known: class_names"),
     ],
 )
 def test_load_classifier_refuses_a_damaged_description(tmp_path, classifier, content, message):
     save_classifier(tmp_path, classifier, SPEC, {})
     (tmp_path / "model.json").write_text(content, encoding="latin-1")
-    assert message in refusal(load_classifier, tmp_path)
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        for read in (load_classifier, read_facts):
+            refused = refusal(read, path)
+            assert message in refused
+            assert refused.startswith(str(tmp_path / "model.json"))
+
+
+def test_read_facts_of_a_folder_or_a_file_in_it(tmp_path, classifier):
+    save_classifier(tmp_path, classifier, SPEC, {"seed": 3})
+    for path in (tmp_path, tmp_path / "model.safetensors", tmp_path / "model.json"):
+        assert read_facts(path) == (SPEC, {"seed": 3})
+    assert "no such file or folder" in refusal(read_facts, tmp_path / "nothing")
+    (tmp_path / "model.json").unlink()
+    assert "model.json is missing" in refusal(read_facts, tmp_path / "model.safetensors")
 
 
 def test_load_classifier_refuses_files_that_do_not_fit(tmp_path, classifier):
@@ -246,10 +282,3 @@ def test_load_classifier_refuses_files_that_do_not_fit(tmp_path, classifier):
     assert "has 10 classes, wanted 5" in refusal(load_classifier, tmp_path)
     save_classifier(tmp_path, classifier, SPEC.model_copy(update={"model": "resnet9"}), {})
     assert "depth must be" in refusal(load_classifier, tmp_path)
-
-
-def test_foreign_classifier(tmp_path, network):
-    torch.save({"model": network.state_dict()}, tmp_path / "teacher.pth")
-    loaded = foreign_classifier(tmp_path / "teacher.pth", SPEC)
-    images = torch.rand(2, 3, 32, 32)
-    torch.testing.assert_close(loaded(images), network.eval()((images - 0.5) / 0.25))

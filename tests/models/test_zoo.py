@@ -6,7 +6,7 @@ import torch
 
 from soteacher.errors import InputError
 from soteacher.models import zoo
-from soteacher.models.zoo import build_network, network_names, timm_config
+from soteacher.models.zoo import build_network, check_network, network_names, timm_config
 
 
 def test_network_names_all_build():
@@ -44,12 +44,42 @@ def test_timm_network_with_a_tag():
         ("", "unknown network ''; known: "),
         ("zzzzzzz", "unknown network 'zzzzzzz'; known: resnet110"),
         ("resnet18", "depth must be 6n.*; timm has one of that name: timm/resnet18"),
+        ("resnet9", "^resnet9: depth must be 6n.*got 9$"),
+        ("resnet8x1", "^resnet8x1: width must be at least 2, got 1$"),
+        ("wrn_41_2", "^wrn_41_2: depth must be 6n.*got 41$"),
+        ("wrn_40_0", "^wrn_40_0: width must be at least 1, got 0$"),
     ],
 )
 def test_unknown_network_offers_the_nearest(name, message):
     with pytest.raises(InputError, match=message) as raised:
         build_network(name, num_classes=10)
     assert "\n" not in str(raised.value)
+    with pytest.raises(InputError) as checked:
+        check_network(name)
+    assert str(checked.value) == str(raised.value)
+
+
+def test_check_network_builds_and_downloads_nothing(monkeypatch):
+    def fail(*arguments: object, **settings: object) -> None:
+        raise AssertionError(f"a network was built: {arguments}, {settings}")
+
+    monkeypatch.setattr(torch.nn.Module, "__init__", fail)
+    monkeypatch.setattr(zoo._import_timm(), "create_model", fail)
+    for name in (*network_names(), "resnet26x2", "wrn_10_3", "timm/resnet18", "timm/vit_tiny_patch16_224"):
+        check_network(name)
+
+
+def test_checking_our_names_imports_no_timm():
+    code = (
+        "import sys; from soteacher.models import zoo; zoo.check_network('wrn_40_2'); sys.exit('timm' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES, ids=lambda family: family.names[0])
+def test_a_family_refuses_the_names_of_others(family):
+    with pytest.raises(InputError, match="'mlp' is no network of this family; wanted"):
+        family.build("mlp", num_classes=10, in_channels=3)
 
 
 @pytest.mark.parametrize("numbers", [{"num_classes": 0}, {"num_classes": 10, "in_channels": 0}])

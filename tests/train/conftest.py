@@ -82,6 +82,7 @@ def make_training(
         distil: bool = False,
         fingerprint: str = "this one",
         seed: int = 0,
+        device: str = "cpu",
         **settings: Any,
     ) -> Training:
         config = TrainingConfig.model_validate({"epochs": 2, "batch_size": 16} | settings)
@@ -92,21 +93,22 @@ def make_training(
         classifier = Classifier(tiny_network(3, 1), mean=(0.4,), std=(0.3,))
         if config.channels_last:
             classifier.to(memory_format=torch.channels_last)
-        fabric = fabric_for("cpu", config.precision)
+        fabric = fabric_for(device, config.precision)
+        nn.ModuleList(term.objective for term in built).to(device)
         extra = [parameter for term in built for parameter in term.objective.parameters()]
         optimizer = build_optimizer(config.optimizer, [*classifier.parameters(), *extra])
         forward, optimizer = fabric.setup(Tapped(classifier, {}), optimizer)
         teacher = signal = None
         if distil:
             torch.manual_seed(99)
-            teacher = Classifier(tiny_network(3, 1), mean=(0.4,), std=(0.3,)).eval().requires_grad_(False)
+            teacher = Classifier(tiny_network(3, 1), mean=(0.4,), std=(0.3,)).to(device).eval().requires_grad_(False)
             signal = LiveTeacher(fabric.setup_module(Tapped(teacher, {})).eval())
         trainee = Trainee(
             network=classifier.network, forward=forward, terms=tuple(built), optimizer=optimizer, teacher=signal,
             fabric=fabric, config=config, seed=seed,
         )  # fmt: skip
         batches = TrainLoader(
-            tiny_split, batch_size=config.batch_size, augment=AugmentConfig(crop_padding=1), seed=seed, device="cpu"
+            tiny_split, batch_size=config.batch_size, augment=AugmentConfig(crop_padding=1), seed=seed, device=device
         )
         checkpoint = Checkpoint(tmp_path / folder / "resume", fingerprint)
         return Training(trainee, batches, checkpoint, classifier, teacher)

@@ -213,6 +213,21 @@ def test_a_training_stopped_after_any_step_goes_on_bit_for_bit(make_training, se
     _assert_same(resumed.state(), whole.state())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("settings", [{"terms": SOTEACHER}, {"terms": KD, "distil": True, "precision": "bf16-mixed"}])
+def test_a_training_on_a_gpu_goes_on_bit_for_bit(make_training, settings, name) -> None:
+    settings = settings | {"device": "cuda", "channels_last": True, "optimizer": {"name": name}}
+    whole = make_training("whole", **settings)
+    wanted = _without_times(whole.run())
+    with pytest.raises(InterruptedRunError):
+        make_training("stopped", **settings).run(stop_after=2)
+    resumed = make_training("stopped", **settings)
+    assert _without_times(resumed.run()) == wanted
+    _assert_same(resumed.state(), whole.state())
+
+
 def test_a_training_stopped_again_and_again_goes_on_bit_for_bit(make_training) -> None:
     def make(folder: str) -> Any:
         return make_training(folder, terms=CROSS_ENTROPY, objectives=(_memory(),), optimizer=SGD)
@@ -317,6 +332,23 @@ def test_a_step_that_breaks_the_weights_is_noticed_before_they_are_kept(make_tra
     training = make_training(terms=CROSS_ENTROPY)
     with pytest.raises(InputError, match="not finite after epoch 0, in test_nll; no epoch was finished before"):
         training.run(measured={"test_accuracy": 0.5, "test_nll": math.nan})
+    assert not training.checkpoint.path.exists()
+
+
+def test_weights_that_a_step_has_broken_are_not_kept_by_a_stop(make_training) -> None:
+    class Shakes(Objective[Step]):
+        name = "shakes"
+
+        def forward(self, step: Step) -> Tensor:
+            return step.outputs.logits.sum()
+
+        def update(self, step: Step) -> None:
+            with torch.no_grad():
+                next(step.model.parameters()).fill_(math.inf)
+
+    training = make_training(terms=CROSS_ENTROPY, objectives=(Shakes(),))
+    with pytest.raises(InputError, match="not finite after step 1 of epoch 0, in the weights; no epoch was finished"):
+        training.run(stop_after=1)
     assert not training.checkpoint.path.exists()
 
 

@@ -108,7 +108,7 @@ def test_adamw_takes_its_settings() -> None:
     ("settings", "message"),
     [
         ({"epochs": 0}, "epochs: should be greater than or equal to 1, got 0"),
-        ({"epochs": "many"}, "epochs: should be a valid integer, unable to parse string as an integer, got 'many'"),
+        ({"epochs": "many"}, "epochs: wanted a whole number, got 'many'"),
         ({"batch_size": 0}, "batch_size: should be greater than or equal to 1, got 0"),
         ({"optimizer": {"learning_rate": -1}}, "optimizer.learning_rate: should be greater than 0, got -1"),
         ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate: should be"),

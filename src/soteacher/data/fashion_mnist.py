@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from soteacher.data.dataset import DataSet, ImageSplit
-from soteacher.data.download import Progress, fetch
+from soteacher.data.download import Progress, check, fetch
 from soteacher.data.reason import reason
 from soteacher.data.source import SourceConfig
 from soteacher.errors import InputError
@@ -51,10 +51,18 @@ class FashionMnistConfig(SourceConfig):
 
 
 def obtain_files(raw: Path, *, url: str, progress: Progress | None = None) -> None:
-    """Download those of the four files that are not in a folder, neither plain nor compressed."""
+    """Download those of the four files that are not in a folder, neither plain nor compressed.
+
+    Raises:
+        InputError: a file cannot be downloaded, or a compressed one that is going to be read is damaged.
+    """
     for name, md5 in _MD5.items():
         archive = raw / f"{name}.gz"
-        if not (raw / name).is_file() and not archive.is_file():
+        if (raw / name).is_file():
+            continue
+        if archive.is_file():
+            check(archive, md5=md5)
+        else:
             fetch(f"{url.rstrip('/')}/{archive.name}", archive, md5=md5, progress=progress)
 
 

@@ -103,7 +103,9 @@ def read_image(path: Path, image_size: int) -> Tensor:
             file.draft("RGB", (image_size, image_size))
             square = _square(_as_rgb(ImageOps.exif_transpose(file)), image_size)
     except Exception as error:  # a broken file can raise nearly anything from Pillow's many decoders
-        raise InputError(f"cannot read image {path}: {reason(error)}") from error
+        raise InputError(
+            f"cannot read image {path}: {reason(error)}; skip_unreadable: true leaves such images out"
+        ) from error
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 

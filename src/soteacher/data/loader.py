@@ -5,6 +5,8 @@ Nothing carries over from one batch to the next: order and views of an epoch fol
 
 from __future__ import annotations
 
+import atexit
+import signal
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -143,11 +145,30 @@ class _Images:
             collate_fn=_stack,
             pin_memory=self._device.type == "cuda",
             generator=torch.Generator(),  # its own, or each epoch would draw from the process's random state
+            worker_init_fn=_leave_signals_to_parent,
         )
-        for rows, (decoded, problem) in zip(rows_of_batches, loader, strict=True):
-            if problem:
-                raise InputError(problem)
-            yield rows.to(self._device), decoded.to(self._device, non_blocking=True)
+        held = [iter(loader)]  # the only hold on the processes: letting go of it ends them
+        # At its end the interpreter sends SIGTERM to processes still there and waits for them: end them before.
+        atexit.register(held.clear)
+        try:
+            for rows in rows_of_batches:
+                decoded, problem = next(held[0])
+                if problem:
+                    raise InputError(problem)
+                yield rows.to(self._device), decoded.to(self._device, non_blocking=True)
+        finally:
+            held.clear()
+            atexit.unregister(held.clear)
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Let a decoding process outlast signals that reach all processes at once: its parent needs it to the last step.
+
+    It ends when its parent ends the iteration or is gone.
+    """
+    del worker
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Files(Dataset["Tensor | str"]):

@@ -82,8 +82,13 @@ class SourceConfig(Settings, ABC):
             skipped: files left out.
 
         Raises:
-            InputError: the splits' images differ in shape, or mean and std do not fit them.
+            InputError: the training images are of one class only, the splits' images differ in shape, or mean and std
+                do not fit them.
         """
+        present = train.labels.unique().tolist()
+        if len(present) < 2:
+            only = class_names[present[0]]
+            raise InputError(f"the training images of {name} are of one class only, {only!r}; wanted 2 or more")
         if train.image_shape != test.image_shape:
             raise InputError(
                 f"images of {name} differ between the splits: training {_shape(train)}, test {_shape(test)}"

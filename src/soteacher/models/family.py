@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -21,11 +21,11 @@ class FamilyNetwork(nn.Module):
 class Builder(Protocol):
     """How a family builds a network by name."""
 
-    def __call__(self, name: str, *, num_classes: int, in_channels: int) -> FamilyNetwork | None:
-        """Return the network with random weights; ``None`` for a name that is not of the family.
+    def __call__(self, name: str, *, num_classes: int, in_channels: int) -> FamilyNetwork:
+        """Return the network with random weights.
 
         Raises:
-            InputError: the name is of the family, but there is no such network.
+            InputError: there is no such network in the family.
         """
         ...
 
@@ -36,6 +36,8 @@ class Family:
 
     names: tuple[str, ...]
     """The names to list; a family may build more, by a pattern."""
+    knows: Callable[[str], bool]
+    """Says whether a name is of the family, at no cost; raises an InputError where it is but no network has it."""
     build: Builder
 
 

@@ -89,12 +89,8 @@ def _stage(in_channels: int, channels: int, num_blocks: int, *, stride: int) -> 
     return nn.Sequential(first, *(BasicBlock(channels, channels, stride=1) for _ in range(num_blocks - 1)))
 
 
-def build_resnet(name: str, *, num_classes: int, in_channels: int) -> ResNet | None:
-    """Return ``resnetD`` (16, 16, 32, 64 channels) or ``resnetDxW`` (32, 16W, 32W, 64W); ``None`` for another name.
-
-    Raises:
-        InputError: the depth is not 6n + 2, or the width is 1.
-    """
+def _numbers(name: str) -> tuple[int, int] | None:
+    """Return depth and width of a name; ``None`` for one that is not of the family."""
     match = re.fullmatch(r"resnet(\d+)(?:x(\d+))?", name)
     if match is None:
         return None
@@ -103,6 +99,19 @@ def build_resnet(name: str, *, num_classes: int, in_channels: int) -> ResNet | N
         raise InputError(f"{name}: depth must be 6n + 2 (8, 14, 20, 26, 32, ...), got {depth}")
     if match[2] is not None and width < 2:
         raise InputError(f"{name}: width must be at least 2, got {width}")
+    return depth, width
+
+
+def build_resnet(name: str, *, num_classes: int, in_channels: int) -> ResNet:
+    """Return ``resnetD`` (16, 16, 32, 64 channels) or ``resnetDxW`` (32, 16W, 32W, 64W).
+
+    Raises:
+        InputError: it is another name, the depth is not 6n + 2, or the width is 1.
+    """
+    numbers = _numbers(name)
+    if numbers is None:
+        raise InputError(f"{name!r} is no network of this family; wanted resnetD or resnetDxW")
+    depth, width = numbers
     return ResNet(
         blocks_per_stage=(depth - 2) // 6,
         stem_channels=16 if width == 1 else 32,
@@ -116,5 +125,6 @@ FAMILY = Family(
     names=(
         "resnet8", "resnet14", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "resnet8x4", "resnet32x4",
     ),
+    knows=lambda name: _numbers(name) is not None,
     build=build_resnet,
 )  # fmt: skip

@@ -12,13 +12,13 @@ from typing import Any, cast
 
 import safetensors.torch
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from soteacher.errors import InputError
 from soteacher.files import read_json, write_json, write_tensors
 from soteacher.models.classifier import Classifier, NetworkSpec, build_classifier
 from soteacher.models.taps import classifier_module
+from soteacher.settings import parse, shortened
 
 SCHEMA = 1
 """Version of ``model.json``."""
@@ -26,16 +26,19 @@ WEIGHTS_FILE = "model.safetensors"
 FACTS_FILE = "model.json"
 WRAPPERS = ("module.", "_orig_mod.")
 """What data parallelism and compilation put before every name."""
+STATE_KEYS = ("state_dict", "model_state_dict", "model", "net")
+"""Under which of them the field's checkpoints keep the weights."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a file by their names in the network, on the CPU.
 
-    ``.safetensors`` files, and PyTorch's of any other ending: a ``state_dict``, or one below the keys ``model`` or
-    ``state_dict``. Prefixes of data parallelism and compilation are taken off.
+    ``.safetensors`` files, and PyTorch's of any other ending: a ``state_dict``, or one below any of ``STATE_KEYS``.
+    Prefixes of data parallelism and compilation are taken off.
 
     Raises:
-        InputError: the file is missing or damaged, would run code when it is read, or does not hold tensors by name.
+        InputError: the file is missing or damaged, would run code when it is read, does not hold tensors by name, or
+            a value is NaN or infinite.
     """
     if not path.is_file():
         raise InputError(f"no weights at {path}: there is no such file")
@@ -44,8 +47,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, Mapping) or not found:
         raise InputError(f"{path} holds no weights: wanted a state_dict of tensors, got {_described(found)}")
     for name, value in cast("Mapping[Any, Any]", found).items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
+        if not isinstance(name, str) or not isinstance(value, Tensor) or value.layout != torch.strided:
             raise InputError(f"{path} holds no weights: wanted only tensors by name, got {name!r}: {_described(value)}")
+        if not _finite(value):
+            raise InputError(f"{path} holds no usable weights: {name} has values that are NaN or infinite")
     return _without_wrappers(cast("Mapping[str, Tensor]", found))
 
 
@@ -110,28 +115,43 @@ def load_classifier(path: Path) -> tuple[Classifier, NetworkSpec, dict[str, Any]
     Raises:
         InputError: a file is missing, damaged, of another schema, or the two do not fit.
     """
-    folder, weights_path = (path, path / WEIGHTS_FILE) if path.is_dir() else (path.parent, path)
-    if not path.exists():
-        raise InputError(f"no model at {path}: there is no such file or folder")
-    if weights_path.suffix != ".safetensors":
+    weights_path = path / WEIGHTS_FILE if path.is_dir() else path
+    if path.exists() and weights_path.suffix != ".safetensors":
         raise InputError(f"{path}: wanted a folder with {WEIGHTS_FILE} and {FACTS_FILE}, or that {WEIGHTS_FILE}")
-    spec, facts = _read_facts(folder / FACTS_FILE)
-    return foreign_classifier(weights_path, spec), spec, facts
-
-
-def foreign_classifier(path: Path, spec: NetworkSpec) -> Classifier:
-    """Return a classifier with the weights of a file, in eval mode on the CPU; see :func:`read_weights`.
-
-    PyTorch's global random state is left as it was.
-
-    Raises:
-        InputError: there is no such network, the file cannot be read, or its weights do not fit.
-    """
-    weights = read_weights(path)
+    spec, facts = read_facts(path)
+    weights = read_weights(weights_path)
     with torch.random.fork_rng(devices=[]):
         classifier = build_classifier(spec)
-    load_weights(classifier.network, weights, source=str(path))
-    return classifier.eval()
+    load_weights(classifier.network, weights, source=str(weights_path))
+    return classifier.eval(), spec, facts
+
+
+def read_facts(path: Path) -> tuple[NetworkSpec, dict[str, Any]]:
+    """Return the spec and the other facts that the ``model.json`` of a saved classifier holds.
+
+    Args:
+        path: the folder, or a file in it.
+
+    Raises:
+        InputError: there is no such path or no ``model.json``, or the latter is damaged, of another schema or of
+            another program.
+    """
+    if not path.exists():
+        raise InputError(f"no model at {path}: there is no such file or folder")
+    facts_path = (path if path.is_dir() else path.parent) / FACTS_FILE
+    if not facts_path.is_file():
+        raise InputError(f"no finished model in {facts_path.parent}: {FACTS_FILE} is missing")
+    try:
+        facts = read_json(facts_path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{facts_path} cannot be read as JSON: {_one_line(error)}") from error
+    schema = facts.pop("schema", None) if isinstance(facts, dict) else None
+    if schema != SCHEMA or "network" not in facts:
+        came = shortened(schema)
+        raise InputError(
+            f"{facts_path} does not describe a model: wanted schema {SCHEMA} and network, got schema {came}"
+        )
+    return parse(NetworkSpec, facts.pop("network"), place="network", source=str(facts_path)), facts
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -166,10 +186,10 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _unwrapped(stored: Any) -> Any:
-    """Return the dictionary of tensors below any ``state_dict`` and ``model`` keys."""
+    """Return the dictionary of tensors below any of ``STATE_KEYS``."""
     while isinstance(stored, Mapping):
         mapping = cast("Mapping[str, Any]", stored)
-        inner = next((mapping[key] for key in ("state_dict", "model") if key in mapping), None)
+        inner = next((mapping[key] for key in STATE_KEYS if key in mapping), None)
         if inner is None or isinstance(inner, Tensor):
             break
         stored = inner
@@ -182,6 +202,14 @@ def _without_wrappers(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if weights and all(name.startswith(prefix) for name in weights):
             return _without_wrappers({name.removeprefix(prefix): value for name, value in weights.items()})
     return dict(weights)
+
+
+def _finite(value: Tensor) -> bool:
+    """Return whether a tensor holds neither NaN nor infinities."""
+    if not (value.is_floating_point() or value.is_complex()):
+        return True
+    # PyTorch cannot ask this of numbers of 8 bits.
+    return bool(torch.isfinite(value.float() if value.element_size() == 1 else value).all())
 
 
 def _check_classes(
@@ -197,25 +225,6 @@ def _check_classes(
         raise InputError(f"{source} has {came[0]} classes, wanted {wanted[0]}")
 
 
-def _read_facts(path: Path) -> tuple[NetworkSpec, dict[str, Any]]:
-    """Return the spec and the other facts of a ``model.json``."""
-    if not path.is_file():
-        raise InputError(f"no finished model in {path.parent}: {path.name} is missing")
-    try:
-        facts = read_json(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {_one_line(error)}") from error
-    schema = facts.pop("schema", None) if isinstance(facts, dict) else None
-    if schema != SCHEMA or "network" not in facts:
-        raise InputError(f"{path} does not describe a model: wanted schema {SCHEMA} and network, got schema {schema}")
-    try:
-        return NetworkSpec.model_validate(facts.pop("network")), facts
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, ("network", *first["loc"])))
-        raise InputError(f"{path}, {field}: {first['msg']}, got {first['input']!r}") from error
-
-
 def _counted(what: str, items: Iterable[str]) -> str:
     """Return a count with the first three items, or nothing for none."""
     items = list(items)
@@ -225,7 +234,11 @@ def _counted(what: str, items: Iterable[str]) -> str:
 
 def _described(value: Any) -> str:
     """Return what stands where tensors were wanted."""
-    return "an empty one" if isinstance(value, Mapping) else type(value).__name__
+    if isinstance(value, Mapping):
+        return "a dictionary" if value else "an empty dictionary"
+    if isinstance(value, Tensor) and value.layout != torch.strided:
+        return "a sparse Tensor"
+    return type(value).__name__
 
 
 def _one_line(error: Exception) -> str:

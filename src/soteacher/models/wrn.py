@@ -83,12 +83,8 @@ def _group(in_channels: int, channels: int, num_blocks: int, *, stride: int) -> 
     return nn.Sequential(OrderedDict(layer=blocks))
 
 
-def build_wrn(name: str, *, num_classes: int, in_channels: int) -> WideResNet | None:
-    """Return ``wrn_D_W``; ``None`` for another name.
-
-    Raises:
-        InputError: the depth is not 6n + 4, or the width is 0.
-    """
+def _numbers(name: str) -> tuple[int, int] | None:
+    """Return depth and width of a name; ``None`` for one that is not of the family."""
     match = re.fullmatch(r"wrn_(\d+)_(\d+)", name)
     if match is None:
         return None
@@ -97,7 +93,24 @@ def build_wrn(name: str, *, num_classes: int, in_channels: int) -> WideResNet | 
         raise InputError(f"{name}: depth must be 6n + 4 (10, 16, 22, 28, 34, 40, ...), got {depth}")
     if width < 1:
         raise InputError(f"{name}: width must be at least 1, got {width}")
+    return depth, width
+
+
+def build_wrn(name: str, *, num_classes: int, in_channels: int) -> WideResNet:
+    """Return ``wrn_D_W``.
+
+    Raises:
+        InputError: it is another name, the depth is not 6n + 4, or the width is 0.
+    """
+    numbers = _numbers(name)
+    if numbers is None:
+        raise InputError(f"{name!r} is no network of this family; wanted wrn_D_W")
+    depth, width = numbers
     return WideResNet(blocks_per_group=(depth - 4) // 6, width=width, num_classes=num_classes, in_channels=in_channels)
 
 
-FAMILY = Family(names=("wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2"), build=build_wrn)
+FAMILY = Family(
+    names=("wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2"),
+    knows=lambda name: _numbers(name) is not None,
+    build=build_wrn,
+)

@@ -10,6 +10,7 @@ from torch import nn
 
 from soteacher.errors import InputError, unknown_name
 from soteacher.models import resnet, wrn
+from soteacher.models.family import Family
 from soteacher.models.torchvision_operators import define_missing_operators
 
 if TYPE_CHECKING:
@@ -24,6 +25,20 @@ TIMM_PREFIX = "timm/"
 def network_names() -> tuple[str, ...]:
     """Return the listed names of our families; ``resnetD``, ``resnetDxW`` and ``wrn_D_W`` take other numbers too."""
     return tuple(name for family in FAMILIES for name in family.names)
+
+
+def check_network(name: str) -> None:
+    """See to it that there is a network of this name, at no cost: nothing is built or downloaded.
+
+    timm is imported only for its own names, and to offer the nearest ones in an error.
+
+    Raises:
+        InputError: there is no such network.
+    """
+    if name.startswith(TIMM_PREFIX):
+        _timm_name(name, _import_timm())
+    else:
+        _family_of(name)
 
 
 def build_network(name: str, *, num_classes: int, in_channels: int = 3, pretrained: bool = False) -> nn.Module:
@@ -46,7 +61,7 @@ def build_network(name: str, *, num_classes: int, in_channels: int = 3, pretrain
             raise InputError(f"{name}: {what} must be at least 1, got {number}")
     if name.startswith(TIMM_PREFIX):
         return _build_timm(name, num_classes=num_classes, in_channels=in_channels, pretrained=pretrained)
-    network = _build_ours(name, num_classes=num_classes, in_channels=in_channels)
+    network = _family_of(name).build(name, num_classes=num_classes, in_channels=in_channels)
     if pretrained:
         raise InputError(f"{name} has no published weights; pretrained networks are those named timm/NAME")
     return network
@@ -64,13 +79,12 @@ def timm_config(name: str) -> PretrainedCfg | None:
     return timm.get_pretrained_cfg(_timm_name(name, timm))
 
 
-def _build_ours(name: str, *, num_classes: int, in_channels: int) -> nn.Module:
-    """Return the network of the first family that knows the name."""
+def _family_of(name: str) -> Family:
+    """Return the family that knows the name."""
     try:
         for family in FAMILIES:
-            network = family.build(name, num_classes=num_classes, in_channels=in_channels)
-            if network is not None:
-                return network
+            if family.knows(name):
+                return family
     except InputError as error:  # resnet18 and the like: a family's pattern, but only timm has the network
         if _import_timm().is_model(name):
             raise InputError(f"{error}; timm has one of that name: {TIMM_PREFIX}{name}") from None

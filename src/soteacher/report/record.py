@@ -57,7 +57,9 @@ class RunRecord:
             chosen = (settings or {}).get("teachers") or teachers
             alone = any(role == "student" and arm == name for role, arm, _ in done)
             arms |= {("student", name)} if alone or not chosen else {("student", f"{one}-{name}") for one in chosen}
-        wanted = {(*arm, seed) for arm in arms for seed in self.config.get("seeds") or []}
+        given = {("teacher", name) for name, settings in teachers.items() if "file" in (settings or {})}
+        seeds = self.config.get("seeds") or []
+        wanted = {(*arm, seed) for arm in arms for seed in ([0] if arm in given else seeds)}
         return self.results_time is not None and wanted <= done
 
     def of_role(self, role: Role) -> dict[str, list[NetworkRecord]]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
+from hashlib import blake2b
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from soteacher.errors import InputError
+from soteacher.files import write_text
 
 LoggerName = Literal["tensorboard", "wandb", "mlflow"]
 
@@ -24,17 +28,44 @@ class Logger(Protocol):
         ...
 
 
-def _import(module: str, extra: str) -> Any:
+def check_loggers(names: Sequence[LoggerName]) -> None:
+    """See to it that the packages of loggers are installed, without importing them.
+
+    Raises:
+        InputError: one is not.
+    """
+    for name in names:
+        if not _installed(name):
+            raise _missing(name)
+
+
+def _installed(package: str) -> bool:
+    if package in sys.modules:
+        return sys.modules[package] is not None  # pyright: ignore[reportUnnecessaryComparison] None forbids the import
+    spec = find_spec(package)
+    # A folder of the package's name, such as Weights & Biases leaves behind, passes for a package without an origin.
+    return spec is not None and spec.origin is not None
+
+
+def _missing(name: str) -> InputError:
+    extra = "" if name == "tensorboard" else f"[{name}]"
+    return InputError(f"logging to {name} needs its package: pip install 'soteacher{extra}'")
+
+
+def _import(name: LoggerName) -> Any:
+    """Import a logger's package, which has its name."""
+    check_loggers([name])
     try:
-        return import_module(module)
+        return import_module(name)
     except ImportError:
-        raise InputError(f"logging to {extra} needs its package: pip install 'soteacher[{extra}]'") from None
+        raise _missing(name) from None
 
 
 class TensorBoardLogger:
     """Event files beside the network; ``tensorboard --logdir RUN`` shows them."""
 
     def __init__(self, folder: Path, name: str, start_epoch: int) -> None:
+        check_loggers(["tensorboard"])
         from torch.utils.tensorboard import SummaryWriter
 
         del name  # TensorBoard names a run by its folder
@@ -51,13 +82,17 @@ class TensorBoardLogger:
 
 
 class WandbLogger:
-    """A Weights & Biases run named after the network, resumed under the same id."""
+    """A Weights & Biases run named after the network, resumed under the same id.
+
+    The id ends in a hash of the network's folder: two runs whose folders have the same last name stay apart.
+    """
 
     def __init__(self, folder: Path, name: str, start_epoch: int) -> None:
         del start_epoch  # Weights & Biases drops steps it has already seen
-        wandb = _import("wandb", "wandb")
+        wandb = _import("wandb")
+        place = blake2b(str(folder.resolve()).encode(), digest_size=4).hexdigest()
         self._run = wandb.init(
-            project="soteacher", name=name, id=name.replace("/", "-"), dir=str(folder), resume="allow"
+            project="soteacher", name=name, id=f"{name.replace('/', '-')}-{place}", dir=str(folder), resume="allow"
         )
 
     def log(self, figures: Mapping[str, float], *, epoch: int) -> None:
@@ -70,14 +105,30 @@ class WandbLogger:
 
 
 class MLflowLogger:
-    """An MLflow run named after the network."""
+    """An MLflow run named after the network, resumed by its id, which ``mlflow_run_id`` in the folder holds."""
 
     def __init__(self, folder: Path, name: str, start_epoch: int) -> None:
-        del folder, start_epoch  # MLflow's own tracking address decides where the figures go
-        mlflow = _import("mlflow", "mlflow")
-        self._client = mlflow.MlflowClient()
+        del start_epoch  # MLflow keeps the figures of every epoch that it is told of
+        mlflow = _import("mlflow")
+        self._client = mlflow.MlflowClient()  # MLflow's own tracking address decides where the figures go
+        kept = folder / "mlflow_run_id"
+        self._run_id: str = self._reopened(mlflow, kept) or self._created(mlflow, name)
+        write_text(kept, f"{self._run_id}\n")
+
+    def _reopened(self, mlflow: Any, kept: Path) -> str | None:
+        """Return the id of the run that this network had before, ``None`` where it had none that can go on."""
+        if not kept.exists():
+            return None
+        run_id = kept.read_text(encoding="utf-8").strip()
+        try:
+            self._client.update_run(run_id, status="RUNNING")
+        except mlflow.exceptions.MlflowException:  # the tracking address is another now, or the run was deleted
+            return None
+        return run_id
+
+    def _created(self, mlflow: Any, name: str) -> str:
         experiment = mlflow.set_experiment("soteacher")
-        self._run_id: str = self._client.create_run(experiment.experiment_id, run_name=name).info.run_id
+        return self._client.create_run(experiment.experiment_id, run_name=name).info.run_id
 
     def log(self, figures: Mapping[str, float], *, epoch: int) -> None:
         """Write each figure as a scalar."""

@@ -28,7 +28,8 @@ from soteacher.train.teacher_signal import TeacherSignal
 from soteacher.types import Batch, DistillStep, Outputs, Step
 
 CHECK_EVERY = 50
-"""Steps between two looks at the losses: each look makes the host wait for the device."""
+SECONDS_BETWEEN_LOOKS = 0.5
+"""The losses are looked at after so many steps or seconds: each look makes the host wait for the device."""
 
 
 class BatchSource(Protocol):
@@ -139,7 +140,7 @@ def fit(
         line |= _finite(measure(), epoch=position.epoch, checkpoint=checkpoint)
         position = Position(epoch=position.epoch + 1, history=[*position.history, line])
         on_epoch(line)
-        checkpoint.save(position, **parts)
+        _save(trainee, position, checkpoint)
     return position.history
 
 
@@ -156,7 +157,7 @@ def _train_epoch(
     config, epoch, steps = trainee.config, position.epoch, batches.steps_per_epoch
     sums = _sums(position, len(trainee.terms))  # on the host: losses of each term, loss, right ones, examples
     started, seconds_before = time.perf_counter(), position.seconds
-    images_before, rate = sums[-1].item(), 0.0
+    images_before, rate, looked = sums[-1].item(), 0.0, started
     pending: list[Tensor] = []  # on the device: the same figures of the steps not yet added
     trainee.forward.train()
     for step, batch in enumerate(batches.epoch(epoch, start=position.step), start=position.step):
@@ -169,24 +170,30 @@ def _train_epoch(
         losses, right = train_step(trainee, batch, epoch=epoch, progress=progress)
         size = torch.tensor([len(batch.labels)], device=losses.device)
         pending.append(torch.cat([losses.double() * size, right.double().reshape(1), size.double()]))
-        stopping = should_stop()
-        if stopping or len(pending) == CHECK_EVERY or step + 1 == steps:
+        stopping, waited = should_stop(), time.perf_counter() - looked
+        if stopping or len(pending) == CHECK_EVERY or waited > SECONDS_BETWEEN_LOOKS or step + 1 == steps:
             # One addition after the other, so that the sums do not depend on where a run was cut.
             for number, figures in enumerate(torch.stack(pending).cpu(), start=step + 1 - len(pending)):
                 _check_finite(figures, trainee, epoch=epoch, step=number, checkpoint=checkpoint)
                 sums += figures
             pending.clear()
-            seconds = seconds_before + time.perf_counter() - started
+            looked = time.perf_counter()
             if stopping and step + 1 < steps:
-                position.step, position.sums, position.seconds = step + 1, sums.tolist(), seconds
-                checkpoint.save(
-                    position, network=trainee.network, optimizer=trainee.optimizer.optimizer, terms=trainee.terms
-                )
+                position.step, position.sums = step + 1, sums.tolist()
+                position.seconds = seconds_before + looked - started
+                _save(trainee, position, checkpoint)
                 raise InterruptedRunError(f"stopped after step {step + 1} of epoch {epoch}; the state is saved")
-            speed = (sums[-1].item() - images_before) / max(time.perf_counter() - started, 1e-9)
+            speed = (sums[-1].item() - images_before) / max(looked - started, 1e-9)
             on_step(_report(sums, epoch=epoch, step=step + 1, steps=steps, speed=speed))
     seconds = seconds_before + time.perf_counter() - started
     return _line(sums, trainee, epoch=epoch, rate=rate, seconds=seconds)
+
+
+def _save(trainee: Trainee, position: Position, checkpoint: Checkpoint) -> None:
+    """Keep the state, unless the last step has broken the weights: a resumed run could only fail."""
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in trainee.network.parameters()):
+        raise _not_finite(f"after step {position.step} of epoch {position.epoch}, in the weights", checkpoint)
+    checkpoint.save(position, network=trainee.network, optimizer=trainee.optimizer.optimizer, terms=trainee.terms)
 
 
 def _sums(position: Position, num_terms: int) -> Tensor:

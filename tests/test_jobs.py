@@ -8,10 +8,10 @@ import torch
 from soteacher.config import FileTeacher
 from soteacher.data import load_data
 from soteacher.errors import InputError
+from soteacher.jobs import Job, Study, find_network, jobs_of, load_teacher_file, new_classifier
 from soteacher.models.weights import save_classifier
 from soteacher.models.zoo import build_network
 from soteacher.recipes import read_study
-from soteacher.study import Job, Study, find_network, jobs_of, load_teacher_file, new_classifier
 
 
 @pytest.fixture
@@ -25,14 +25,14 @@ def test_jobs_come_after_what_they_need(tiny_tree: Callable[..., dict[str, Any]]
     tree["teachers"] = {"early": {"from": "standard", "after": 1}, **tree["teachers"], "old": {"file": "old"}}
     jobs = jobs_of(read_study(tree))
     names = [job.name for job in jobs]
-    assert len(names) == len(set(names)) == 2 * (4 + 1 + 4)
+    assert len(names) == len(set(names)) == 2 * (3 + 1 + 4) + 1
     for job, needed in jobs.items():
         assert needed is None or names.index(needed.name) < names.index(job.name)
     assert jobs[Job("teacher", "early", 2)] == Job("teacher", "standard", 2)
     assert jobs[Job("student", "early-kd", 4)] == Job("teacher", "early", 4)
     assert jobs[Job("student", "alone", 4)] is None
     assert names[0] == "teacher standard/seed4"
-    assert [job.role for job in jobs] == ["teacher"] * 8 + ["student"] * 10
+    assert [job.role for job in jobs] == ["teacher"] * 7 + ["student"] * 10
 
 
 def test_finished_is_decided_by_the_file_that_is_written_last(study: Study) -> None:
@@ -114,7 +114,7 @@ def _state(**over: Any) -> dict[str, torch.Tensor]:
     ("write", "model", "message"),
     [
         (_foreign({"weight": _Runs()}), "resnet8", "is refused: reading it would run code ("),
-        (_foreign(_state()), None, "does not say which network it is; name it: model=NAME (see soteacher models)"),
+        (_foreign(_state()), None, "does not say which network it is: name its model (see soteacher models)"),
         (_foreign(_state()), "resnet9", "resnet9"),
         (_foreign(_state(strange=torch.zeros(2))), "resnet8", "1 not known to it (strange)"),
         (_foreign({k: v for k, v in _state().items() if "conv1" not in k}), "resnet8", "missing ("),

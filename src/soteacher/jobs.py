@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +14,11 @@ from torch import nn
 from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher
 from soteacher.data import DataSet, EvaluationLoader, ImageSplit
 from soteacher.errors import InputError
-from soteacher.files import read_json
 from soteacher.models.classifier import Classifier, NetworkSpec, network_spec
-from soteacher.models.weights import load_weights, read_weights
+from soteacher.models.weights import FACTS_FILE, WEIGHTS_FILE, load_weights, read_facts, read_weights
 from soteacher.models.zoo import build_network
 from soteacher.run_folder import network_folder
+from soteacher.settings import parse
 from soteacher.types import Task
 
 EVALUATION_BATCH = 128
@@ -58,7 +59,12 @@ class Study:
 
     def finished(self, job: Job) -> bool:
         """Return whether the network is trained: its ``model.json`` is written last."""
-        return (self.folder_of(job) / "model.json").exists()
+        return (self.folder_of(job) / FACTS_FILE).exists()
+
+
+def teacher_job(config: StudyConfig, name: str, seed: int) -> Job:
+    """Return the network of a teacher that a seed's student learns from: one that exists already is one for all."""
+    return Job("teacher", name, 0 if isinstance(config.teachers[name], FileTeacher) else seed)
 
 
 def jobs_of(config: StudyConfig) -> dict[Job, Job | None]:
@@ -67,10 +73,10 @@ def jobs_of(config: StudyConfig) -> dict[Job, Job | None]:
     for seed in config.seeds:
         for name, teacher in config.teachers.items():
             source = Job("teacher", teacher.teacher, seed) if isinstance(teacher, SavedTeacher) else None
-            jobs[Job("teacher", name, seed)] = source
+            jobs[teacher_job(config, name, seed)] = source
     for seed in config.seeds:
         for arm in config.arms():
-            jobs[Job("student", arm.name, seed)] = Job("teacher", arm.teacher, seed) if arm.teacher else None
+            jobs[Job("student", arm.name, seed)] = teacher_job(config, arm.teacher, seed) if arm.teacher else None
     # A teacher that is an earlier state of another comes after it, wherever it stands in the settings.
     return dict(sorted(jobs.items(), key=lambda item: (item[0].role == "student", _depth(jobs, item[0]))))
 
@@ -113,8 +119,8 @@ def restored(study: Study, network: NetworkSpec, weights: Path) -> Classifier:
 def load_finished(study: Study, job: Job) -> tuple[Classifier, NetworkSpec]:
     """Return a finished network of the study."""
     folder = study.folder_of(job)
-    network = NetworkSpec(**read_json(folder / "model.json")["network"])
-    return restored(study, network, folder / "model.safetensors"), network
+    network = read_facts(folder)[0]
+    return restored(study, network, folder / WEIGHTS_FILE), network
 
 
 def load_teacher_file(study: Study, spec: FileTeacher) -> tuple[Classifier, NetworkSpec]:
@@ -124,26 +130,41 @@ def load_teacher_file(study: Study, spec: FileTeacher) -> tuple[Classifier, Netw
         InputError: nothing usable there, or a teacher for other classes than the data's.
     """
     path = find_network(spec.file)
-    facts = path.parent / "model.json"
-    if path.name == "model.safetensors" and facts.exists():
-        network = NetworkSpec(**read_json(facts)["network"])
+    if path.name == WEIGHTS_FILE and (path.parent / FACTS_FILE).exists():
+        network = read_facts(path)[0]
         if spec.model is not None:
             network = network.model_copy(update={"model": spec.model})
     elif spec.model is None:
-        raise InputError(f"{path} does not say which network it is; name it: model=NAME (see soteacher models)")
+        raise InputError(f"{path} does not say which network it is: name its model (see soteacher models)")
     else:
         network = _network_spec(study, spec.model, pretrained=False)
+        own: dict[str, Any] = {"mean": spec.mean or network.mean, "std": spec.std or network.std}
+        network = parse(NetworkSpec, network.model_dump() | own, place=str(path))
     if network.num_classes != study.data.num_classes:
         raise InputError(
-            f"the teacher {path} knows {network.num_classes} classes, and the data {study.data.name} has "
+            f"the network {path} knows {network.num_classes} classes, and the data {study.data.name} has "
             f"{study.data.num_classes}"
         )
     if network.in_channels != study.data.in_channels:
         raise InputError(
-            f"the teacher {path} wants images of {network.in_channels} channels, and {study.data.name} has "
+            f"the network {path} wants images of {network.in_channels} channels, and {study.data.name} has "
             f"{study.data.in_channels}"
         )
+    different = [pair for pair in zip(network.class_names, study.data.class_names, strict=False) if pair[0] != pair[1]]
+    if different:
+        raise InputError(
+            f"the network {path} and the data {study.data.name} differ in a class: {different[0][0]!r} of the network "
+            f"is {different[0][1]!r} in the data"
+        )
     return restored(study, network, path), network
+
+
+def weights_checksum(network: nn.Module) -> str:
+    """Return a checksum of a network's weights, by name."""
+    checksum = blake2b(digest_size=16)
+    for name, tensor in sorted(network.state_dict().items()):
+        checksum.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return checksum.hexdigest()
 
 
 def find_network(path: Path, roles: Sequence[Literal["teacher", "student"]] = ("teacher",)) -> Path:
@@ -158,8 +179,8 @@ def find_network(path: Path, roles: Sequence[Literal["teacher", "student"]] = ("
     """
     if path.is_file():
         return path
-    if (path / "model.safetensors").exists():
-        return path / "model.safetensors"
+    if (path / WEIGHTS_FILE).exists():
+        return path / WEIGHTS_FILE
     for role in roles:
         found = sorted(path.glob(f"{role}s/*/*/model.safetensors"))
         if len(found) == 1:

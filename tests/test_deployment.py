@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from soteacher import export as export_module
+from soteacher import deployment
+from soteacher.deployment import export_classifier
 from soteacher.errors import InputError
-from soteacher.export import export_classifier
 from soteacher.models.classifier import Classifier, NetworkSpec, build_classifier
 from soteacher.models.weights import load_classifier
 
@@ -63,9 +63,9 @@ def test_a_wrong_graph_is_refused_and_leaves_nothing(
     tmp_path: Path, classifier: Classifier, images: Tensor, monkeypatch: pytest.MonkeyPatch, wrong: Any
 ) -> None:
     wanted = classifier.eval()(images).detach()
-    monkeypatch.setattr(export_module, "_write_onnx", lambda _, __, path: path.write_bytes(b"a graph"))
-    monkeypatch.setattr(export_module, "_run_onnx", lambda *_: wrong(wanted))
-    with pytest.raises(InputError, match="the ONNX graph of resnet8 differs from PyTorch by .*; nothing was written"):
+    monkeypatch.setattr(deployment, "_write_onnx", lambda _, __, path: path.write_bytes(b"a graph"))
+    monkeypatch.setattr(deployment, "_run_onnx", lambda *_: wrong(wanted))
+    with pytest.raises(InputError, match=r"the ONNX graph of resnet8 differs from PyTorch by .*; nothing was written"):
         export_classifier(classifier, SPEC, images, tmp_path / "student.onnx", form="onnx")
     assert list(tmp_path.iterdir()) == []
 
@@ -76,7 +76,7 @@ def test_a_missing_package_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     if package == "onnxruntime":
-        monkeypatch.setattr(export_module, "_write_onnx", lambda _, __, path: path.write_bytes(b"a graph"))
+        monkeypatch.setattr(deployment, "_write_onnx", lambda _, __, path: path.write_bytes(b"a graph"))
     with pytest.raises(InputError, match=rf"ONNX export needs {package}: pip install 'soteacher\[onnx\]'"):
         export_classifier(classifier, SPEC, images, tmp_path / "student.onnx", form="onnx")
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from torch import Tensor
 from soteacher.errors import InputError
 from soteacher.files import replacing
 from soteacher.models.classifier import Classifier, NetworkSpec
-from soteacher.models.weights import save_classifier
+from soteacher.models.weights import WEIGHTS_FILE, load_weights, read_weights, save_classifier
 
 Format = Literal["onnx", "safetensors"]
 TOLERANCE = 1e-3
@@ -45,7 +45,9 @@ def export_classifier(
         wanted = classifier(images)
     if form == "safetensors":
         save_classifier(destination, classifier, network, {"role": "exported"})
-        return 0.0
+        load_weights(classifier.network, read_weights(destination / WEIGHTS_FILE), source=str(destination))
+        with torch.no_grad():
+            return _difference(classifier(images), wanted)
     with replacing(destination) as part:
         _write_onnx(classifier, images, part)
         difference = _difference(_run_onnx(part, images), wanted)
