@@ -81,7 +81,6 @@ def test_help_and_version(soteacher) -> None:
         (("run", "quickstart", "--out", "OUT", "--workers", "0"), "'--workers'"),
         (("run", "quickstart", "--out", "OUT", "--workers", "two"), "'--workers'"),
         (("run", "quickstart", "more", "--out", "OUT"), "unexpected extra argument"),
-        (("recipes",), "Missing command"),
         (("teach", "--data", "x", "--out", "OUT"), "Missing option '--model'"),
         (("export", "x", "--data", "y", "--out", "OUT", "--format", "tflite"), "'--format'"),
     ],
@@ -238,6 +237,7 @@ def test_lists_name_what_there_is(soteacher) -> None:
         assert (status, said) == (0, "")
         assert all(name in out for name in names)
         assert all(line.strip() for line in out.splitlines())
+        assert soteacher(*words[:1]) == (0, out, "")  # the name alone lists as well
 
 
 def test_what_is_shown_is_what_is_run(soteacher) -> None:
