@@ -21,6 +21,10 @@ from typing import IO, Any
 from soteacher.errors import InputError, InterruptedRunError, WorkerDiedError
 
 
+KEPT_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**26)}
+"""For glibc: keep freed pages. A step frees and asks for the same memory, and to get it anew each time costs time."""
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """One network to train, and what must be finished before."""
@@ -37,7 +41,8 @@ class _Process:
 
     def __init__(self, command: Sequence[str], threads: int, log: IO[str], keep: int, events: queue.Queue[Any]) -> None:
         self.busy: Work | None = None
-        environment = dict(os.environ) | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        counts = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        environment = KEPT_PAGES | dict(os.environ) | counts
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
             pass_fds=(keep,),

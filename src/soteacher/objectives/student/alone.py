@@ -8,6 +8,6 @@ METHOD = Method(
     name="alone",
     role="student",
     title="The student trained on the labels alone, without a teacher",
-    source="the usual practice; the control of every comparison",
+    source="common practice, the control of every comparison",
     terms={"cross_entropy": {}},
 )

@@ -8,6 +8,6 @@ METHOD = Method(
     name="standard",
     role="teacher",
     title="Cross-entropy alone, as teachers are usually trained",
-    source="the usual practice; the control of every comparison",
+    source="common practice, the control of every comparison",
     terms={"cross_entropy": {}},
 )
