@@ -20,7 +20,6 @@ from typing import IO, Any
 
 from soteacher.errors import InputError, InterruptedRunError, WorkerDiedError
 
-
 KEPT_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**26)}
 """For glibc: keep freed pages. A step frees and asks for the same memory, and to get it anew each time costs time."""
 
