@@ -50,14 +50,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     Args:
         path: the file.
-        tensors: by name, contiguous and each with memory of its own.
+        tensors: by name, on any device and in any layout; they may share memory.
         metadata: text to keep beside them.
     """
-    from safetensors.torch import save  # imported here: it brings PyTorch, and the command line starts without
+    # Imported here: they bring PyTorch, and the command line starts without.
+    from safetensors.torch import save
+    from torch import contiguous_format
+
+    # A copy of each of its own: the format refuses shared memory (tied weights) and layouts such as channels last.
+    owned = {
+        name: value.detach().to("cpu", copy=True, memory_format=contiguous_format) for name, value in tensors.items()
+    }
 
     # Not the library's own writing: that tells of a full disk in words only, and nobody else may read its files.
     with replacing(path) as part:
-        part.write_bytes(save(dict(tensors), None if metadata is None else dict(metadata)))
+        part.write_bytes(save(owned, None if metadata is None else dict(metadata)))
 
 
 def unwritable(error: OSError) -> str | None:

@@ -14,9 +14,8 @@ from torch import nn
 from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher
 from soteacher.data import DataSet, EvaluationLoader, ImageSplit
 from soteacher.errors import InputError
-from soteacher.models.classifier import Classifier, NetworkSpec, network_spec
+from soteacher.models.classifier import Classifier, NetworkSpec, build_classifier, network_spec
 from soteacher.models.weights import FACTS_FILE, WEIGHTS_FILE, load_weights, read_facts, read_weights
-from soteacher.models.zoo import build_network
 from soteacher.run_folder import network_folder
 from soteacher.settings import parse
 from soteacher.types import Task
@@ -194,12 +193,9 @@ def find_network(path: Path, roles: Sequence[Literal["teacher", "student"]] = ("
 
 def _classifier(study: Study, network: NetworkSpec, *, pretrained: bool = False) -> Classifier:
     """Return a classifier with fresh weights: of the zoo, or of the caller's factories."""
-    if network.model in study.factories:
-        made = study.factories[network.model](network.num_classes, network.in_channels)
-    else:
-        made = build_network(
-            network.model, num_classes=network.num_classes, in_channels=network.in_channels, pretrained=pretrained
-        )
+    if network.model not in study.factories:
+        return build_classifier(network, pretrained=pretrained)
+    made = study.factories[network.model](network.num_classes, network.in_channels)
     return Classifier(made, mean=network.mean, std=network.std, input_size=network.input_size)
 
 

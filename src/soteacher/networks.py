@@ -151,7 +151,7 @@ def _fit(
         lines.append(line)
         _write_lines(folder / "metrics.jsonl", lines)
         if len(lines) in wanted:
-            _save_weights(_epoch_weights(folder, len(lines)), trainee.network)
+            write_tensors(_epoch_weights(folder, len(lines)), trainee.network.state_dict())
         for logger in loggers:
             logger.log(_figures(line), epoch=line["epoch"])
         on_event(job, {"event": "epoch", "epochs": epochs, **line})
@@ -229,22 +229,25 @@ def _row(
 
 def _take_saved(study: Study, job: Job, spec: SavedTeacher) -> None:
     """Make a teacher of an earlier state of another one."""
-    source = Job("teacher", spec.teacher, job.seed)
-    trained = study.config.teachers[spec.teacher]
-    assert isinstance(trained, TrainedTeacher)
-    epochs = epochs_at(spec.after, study.config.training_of(trained).epochs)
+    source, epochs, path = _saved(study, job, spec)
     folder = study.folder_of(source)
-    path = _epoch_weights(folder, epochs)
     facts = read_json(folder / "model.json")
     history = _read_lines(folder / "metrics.jsonl")[:epochs]
-    if epochs == study.config.training_of(trained).epochs:
-        path = folder / "model.safetensors"
     network = NetworkSpec(**facts["network"])
     classifier = restored(study, network, path)
     _write_lines(study.folder_of(job) / "metrics.jsonl", history)
     kept_facts = {key: facts[key] for key in ("method", "terms", "training")}
     fingerprint = f"{facts['fingerprint']}-after-{epochs}"
     _finish(study, job, classifier, network, history, {**kept_facts, "fingerprint": fingerprint})
+
+
+def _saved(study: Study, job: Job, spec: SavedTeacher) -> tuple[Job, int, Path]:
+    """Return the teacher that a saved one is a state of, after how many epochs, and where its weights of then lie."""
+    source, trained = Job("teacher", spec.teacher, job.seed), study.config.teachers[spec.teacher]
+    assert isinstance(trained, TrainedTeacher)
+    total = study.config.training_of(trained).epochs
+    epochs, folder = epochs_at(spec.after, total), study.folder_of(source)
+    return source, epochs, folder / "model.safetensors" if epochs == total else _epoch_weights(folder, epochs)
 
 
 def check_saved(study: Study) -> None:
@@ -257,14 +260,12 @@ def check_saved(study: Study) -> None:
         spec = spec_of(study.config, job)
         if not isinstance(spec, SavedTeacher) or study.finished(job):
             continue
-        source, trained = Job("teacher", spec.teacher, job.seed), study.config.teachers[spec.teacher]
-        assert isinstance(trained, TrainedTeacher)
-        epochs = study.config.training_of(trained).epochs
-        wanted, folder = epochs_at(spec.after, epochs), study.folder_of(source)
-        if study.finished(source) and wanted < epochs and not _epoch_weights(folder, wanted).exists():
-            kept = sorted(int(path.stem.removeprefix("after-")) for path in folder.glob("epochs/after-*.safetensors"))
+        source, epochs, path = _saved(study, job, spec)
+        if study.finished(source) and not path.exists():
+            others = study.folder_of(source).glob("epochs/after-*.safetensors")
+            kept = sorted(int(other.stem.removeprefix("after-")) for other in others)
             raise InputError(
-                f"{job.name}: the weights of {source.name} after {wanted} epochs were not kept; kept: "
+                f"{job.name}: the weights of {source.name} after {epochs} epochs were not kept; kept: "
                 f"{kept or 'none'}; set save_every in its training and train it anew"
             )
 
@@ -310,12 +311,6 @@ def _wanted_epochs(config: StudyConfig, job: Job, training: TrainingConfig) -> s
 def _epoch_weights(folder: Path, finished: int) -> Path:
     """Return where a network's weights after so many finished epochs are kept."""
     return folder / "epochs" / f"after-{finished}.safetensors"
-
-
-def _save_weights(path: Path, network: nn.Module) -> None:
-    """Write a network's weights atomically."""
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
-    write_tensors(path, tensors)
 
 
 def _count(classifier: nn.Module) -> int:

@@ -96,11 +96,8 @@ def save_classifier(folder: Path, classifier: Classifier, spec: NetworkSpec, fac
         ValueError: a fact is NaN or infinite.
     """
     assert not facts.keys() & {"schema", "network"}, "these keys are taken"
-    state = _without_wrappers(classifier.network.state_dict())
-    # Clones, because safetensors refuses tensors that share memory (tied weights).
-    tensors = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
     (folder / FACTS_FILE).unlink(missing_ok=True)
-    write_tensors(folder / WEIGHTS_FILE, tensors)
+    write_tensors(folder / WEIGHTS_FILE, _without_wrappers(classifier.network.state_dict()))
     write_json(folder / FACTS_FILE, {"schema": SCHEMA, "network": spec.model_dump(mode="json"), **facts})
 
 

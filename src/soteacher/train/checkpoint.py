@@ -72,12 +72,7 @@ class Checkpoint:
             "fingerprint": self.fingerprint, "optimizer": numbers, "epoch": position.epoch, "step": position.step,
             "history": position.history, "sums": position.sums, "seconds": position.seconds,
         }  # fmt: skip
-        # A copy of each tensor of its own: the format refuses shared memory, and device memory must come to the host.
-        owned = {
-            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-            for name, tensor in tensors.items()
-        }
-        write_tensors(self.path, owned, {"soteacher": json.dumps(facts)})
+        write_tensors(self.path, tensors, {"soteacher": json.dumps(facts)})
 
     def load(
         self, *, network: nn.Module, optimizer: torch.optim.Optimizer, terms: Sequence[Term[Any]]
