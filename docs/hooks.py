@@ -18,6 +18,7 @@ from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from soteacher import functional
 from soteacher.cli import app
 from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher
 from soteacher.data import SOURCES, AugmentConfig, SourceConfig
@@ -89,7 +90,15 @@ def on_page_markdown(markdown: str, **context: Any) -> str:
     """Put every recipe where a page has the mark for them."""
     del context
     recipes = "\n".join(f"### {name}\n\n```yaml\n{recipe_text(name)}```\n" for name in recipe_names())
-    return markdown.replace("<!-- recipes -->", recipes)
+    return markdown.replace("<!-- recipes -->", recipes).replace("<!-- functions -->", functions())
+
+
+def functions() -> str:
+    """Return the mark that mkdocstrings replaces with a function's documentation, for each pure function."""
+    found = [getattr(functional, name) for name in functional.__all__]
+    return "\n".join(
+        f"::: {function.__module__}.{function.__name__}\n    options: {{heading_level: 3}}\n" for function in found
+    )
 
 
 def methods_page() -> str:

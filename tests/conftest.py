@@ -15,7 +15,7 @@ from soteacher import studies
 from soteacher.recipes import read_study
 from soteacher.studies import run_study
 
-TIMES = ("seconds", "images_per_second", "train_seconds")
+TIMES = ("seconds", "images_per_second", "train_seconds", "seconds_per_step", "peak_memory_bytes")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -88,7 +88,9 @@ def test_model_json_holds_all_that_made_the_network(tmp_path: Path, train, tiny_
     results = train(tree, tmp_path / "run")
     facts = json.loads((tmp_path / "run/students/soteacher-kd/seed0/model.json").read_text())
     assert (facts["role"], facts["arm"], facts["seed"], facts["method"]) == ("student", "soteacher-kd", 0, "kd")
-    assert facts["terms"]["kd"] == {"weight": 0.5, "ramp": "constant", "temperature": 2.0}
+    assert facts["terms"]["kd"] == {
+        "weight": 0.5, "ramp": "constant", "stage": "training", "standardize": False, "temperature": 2.0,
+    }  # fmt: skip
     assert (facts["training"]["epochs"], facts["training"]["batch_size"]) == (1, 16)
     assert facts["row"] == _row(results, "soteacher-kd")
     assert facts["row"]["parameters"] == 6 * 9 + 2 * 6 + 18 * 3 + 3

@@ -12,7 +12,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from soteacher.data import DataConfig
 from soteacher.errors import InputError, unknown_name
-from soteacher.objective import ObjectiveConfig
+from soteacher.objective import Method, ObjectiveConfig
 from soteacher.objectives import method as method_named
 from soteacher.objectives import objective_config
 from soteacher.settings import Settings, merge, parse
@@ -157,8 +157,8 @@ class StudyConfig(Settings):
     def _check_teacher(self, name: str, teacher: TrainedTeacher | SavedTeacher | FileTeacher) -> None:
         place = f"teachers.{name}"
         if isinstance(teacher, TrainedTeacher):
-            self.training_of(teacher, place)
             needing = [term for term, config in terms_of(teacher, place).items() if config.needs_teacher]
+            self.training_of(teacher, place)
             if needing:
                 raise InputError(f"{place}: {needing[0]} reads a teacher, and a teacher is trained without one")
         elif isinstance(teacher, SavedTeacher):
@@ -174,8 +174,8 @@ class StudyConfig(Settings):
 
     def _check_student(self, name: str, student: Student) -> None:
         place = f"students.{name}"
-        self.training_of(student, place)
         distils = any(config.needs_teacher for config in terms_of(student, place).values())
+        self.training_of(student, place)
         if len(set(student.teachers or ())) < len(student.teachers or ()):
             raise InputError(f"{place}.teachers must all be different, got {list(student.teachers or ())}")
         for teacher in student.teachers or ():
@@ -202,16 +202,16 @@ class StudyConfig(Settings):
                 yield Arm(name, name, None, None if name == baseline else baseline)
 
     def training_of(self, spec: TrainedTeacher | Student, place: str = "") -> TrainingConfig:
-        """Return how a network of the study is trained: the study's settings, and its own over them."""
-        merged = merge(self.training.model_dump(), spec.training)
+        """Return how a network of the study is trained: the study's settings, its method's, and its own over them."""
+        merged = merge(merge(self.training.model_dump(), method_of(spec, place).training), spec.training)
         return parse(TrainingConfig, merged, place=f"{place}.training" if place else "training")
 
 
-def terms_of(spec: TrainedTeacher | Student, place: str = "") -> dict[str, ObjectiveConfig]:
-    """Return the terms of a network's loss by name: its method's, with its own settings over them.
+def method_of(spec: TrainedTeacher | Student, place: str = "") -> Method:
+    """Return the method that a network asks for.
 
     Raises:
-        InputError: an unknown method, objective or setting, a method of the other role, or no term left.
+        InputError: there is none of that name, or it is for the other role.
     """
     role: Literal["teacher", "student"] = "student" if isinstance(spec, Student) else "teacher"
     try:
@@ -220,14 +220,22 @@ def terms_of(spec: TrainedTeacher | Student, place: str = "") -> dict[str, Objec
         raise InputError(f"{place}.method: {error}" if place else str(error)) from None
     if method.role != role:
         raise InputError(f"{place}.method: {method.name} is a method for a {method.role}, wanted one for a {role}")
+    return method
+
+
+def terms_of(spec: TrainedTeacher | Student, place: str = "") -> dict[str, ObjectiveConfig]:
+    """Return the terms of a network's loss by name: its method's, with its own settings over them.
+
+    Raises:
+        InputError: an unknown method, objective or setting, a method of the other role, or no term left.
+    """
+    method = method_of(spec, place)
     merged: dict[str, dict[str, Any]] = {name: dict(settings) for name, settings in method.terms.items()}
     for name, settings in spec.terms.items():
         if settings is None:
             merged.pop(name, None)
         else:
             merged[name] = {**merged.get(name, {}), **settings}
-    if not merged:
-        raise InputError(f"{place}.terms: every term is left out, and a loss needs one")
     terms: dict[str, ObjectiveConfig] = {}
     for name, settings in merged.items():
         try:
@@ -235,7 +243,23 @@ def terms_of(spec: TrainedTeacher | Student, place: str = "") -> dict[str, Objec
         except InputError as error:
             raise InputError(f"{place}.terms: {error}" if place else str(error)) from None
         terms[name] = parse(config, settings, place=f"{place}.terms.{name}" if place else name)
+    _check_stages(terms, f"{place}.terms" if place else "terms")
     return terms
+
+
+def _check_stages(terms: Mapping[str, ObjectiveConfig], place: str) -> None:
+    """Refuse a loss without a term, and preparations that want contrary things."""
+    if not any(config.stage == "training" for config in terms.values()):
+        left = "every term is of the preparation" if terms else "every term is left out"
+        raise InputError(f"{place}: {left}, and a loss needs one in the training")
+    preparing = [name for name, config in terms.items() if config.stage == "preparation"]
+    alone = [name for name in preparing if terms[name].prepares_alone]
+    if alone and len(preparing) > 1:
+        other = next(name for name in preparing if name != alone[0])
+        raise InputError(
+            f"{place}: {alone[0]} prepares the network alone, and {other} wants the same stage: leave one out, or set "
+            f"stage: training for one of them"
+        )
 
 
 def to_yaml(config: StudyConfig) -> str:

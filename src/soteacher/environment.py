@@ -52,3 +52,35 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return answer.stdout.strip()
+
+
+def reset_peak_memory(device: str) -> None:
+    """Let :func:`peak_memory_bytes` count from now on, where the system allows it."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif _CLEAR.exists():
+        try:
+            _CLEAR.write_text("5")  # resets the high-water mark of the resident memory; see proc(5)
+        except OSError:
+            return
+
+
+def peak_memory_bytes(device: str) -> int | None:
+    """Return the most memory that was in use since the last reset.
+
+    Args:
+        device: ``cuda``: what PyTorch had allocated there; ``cpu``: the resident memory of the whole process.
+
+    Returns:
+        Bytes; ``None`` where the system does not say it.
+    """
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if _CLEAR.exists():
+        for line in _CLEAR.with_name("status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return None
+
+
+_CLEAR = Path("/proc/self/clear_refs")

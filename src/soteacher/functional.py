@@ -1,23 +1,36 @@
-"""Every pure function of the objectives: tensors and numbers in, tensors out; no state, no configuration."""
+"""Every pure function of the objectives: tensors and numbers in, tensors out; no state, no configuration.
+
+``from soteacher.functional import kd_divergence``. A function is here because the file of its objective defines it:
+there is no list to keep.
+"""
 
 from __future__ import annotations
 
-from soteacher.objectives.cross_entropy import cross_entropy
-from soteacher.objectives.student.kd import kd_divergence
-from soteacher.objectives.teacher.consistency import running_mean, squared_distance
-from soteacher.objectives.teacher.consistency_released import released_running_mean
-from soteacher.objectives.teacher.lipschitz import induced_norm, lipschitz_bound_sum, normed_layers
-from soteacher.objectives.teacher.weight_l1 import weight_l1_norm, weight_l1_sum
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
 
-__all__ = [
-    "cross_entropy",
-    "induced_norm",
-    "kd_divergence",
-    "lipschitz_bound_sum",
-    "normed_layers",
-    "released_running_mean",
-    "running_mean",
-    "squared_distance",
-    "weight_l1_norm",
-    "weight_l1_sum",
-]
+from soteacher.logits import standardized_logits
+from soteacher.objectives import MODULES
+
+
+def _public_functions() -> dict[str, Callable[..., Any]]:
+    """Return the functions by name; two files that define one name are a mistake of ours."""
+    functions: dict[str, Callable[..., Any]] = {"standardized_logits": standardized_logits}
+    for module in MODULES:
+        for name, value in vars(module).items():
+            if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_"):
+                assert name not in functions, f"{name} is defined in {module.__name__} and in another file"
+                functions[name] = value
+    return functions
+
+
+_FUNCTIONS = _public_functions()
+__all__ = sorted(_FUNCTIONS)  # pyright: ignore[reportUnsupportedDunderAll] known when the module is read
+vars(sys.modules[__name__]).update(_FUNCTIONS)
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    """Tell type checkers that there are more functions here than they can see."""
+    raise AttributeError(f"module {__name__!r} has no function {name!r}")

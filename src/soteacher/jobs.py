@@ -18,7 +18,6 @@ from soteacher.models.classifier import Classifier, NetworkSpec, build_classifie
 from soteacher.models.weights import FACTS_FILE, WEIGHTS_FILE, load_weights, read_facts, read_weights
 from soteacher.run_folder import network_folder
 from soteacher.settings import parse
-from soteacher.types import Task
 
 EVALUATION_BATCH = 128
 
@@ -90,11 +89,6 @@ def spec_of(config: StudyConfig, job: Job) -> TrainedTeacher | SavedTeacher | Fi
     if job.role == "teacher":
         return config.teachers[job.arm]
     return config.students[next(arm.student for arm in config.arms() if arm.name == job.arm)]
-
-
-def task_of(data: DataSet) -> Task:
-    """Return what an objective may need to know of a data set."""
-    return Task(num_examples=data.train.num_examples, num_classes=data.num_classes)
 
 
 def evaluation_batches(split: ImageSplit, device: torch.device | str) -> EvaluationLoader:

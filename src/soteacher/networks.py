@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher, terms_of
+from soteacher.assembly import Assembled, assemble
+from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher
 from soteacher.data import TrainLoader
-from soteacher.environment import environment
+from soteacher.environment import environment, peak_memory_bytes, reset_peak_memory
 from soteacher.errors import InputError
 from soteacher.files import read_json, write_tensors, write_text
 from soteacher.jobs import (
@@ -28,24 +29,28 @@ from soteacher.jobs import (
     jobs_of,
     load_finished,
     load_teacher_file,
-    new_classifier,
     restored,
     spec_of,
-    task_of,
     weights_checksum,
 )
 from soteacher.models.classifier import Classifier, NetworkSpec
+from soteacher.models.parts import Parts
 from soteacher.models.taps import Tapped, resolve_taps
 from soteacher.models.weights import save_classifier
-from soteacher.objective import Term
+from soteacher.objective import Stage
 from soteacher.randomness import derive_seed
 from soteacher.train.checkpoint import Checkpoint
 from soteacher.train.config import TrainingConfig, epochs_at
 from soteacher.train.evaluate import Evaluation, evaluate
 from soteacher.train.logs import open_loggers
 from soteacher.train.loop import StepReport, Trainee, fabric_for, fit
-from soteacher.train.optimizer import build_optimizer
+from soteacher.train.optimizer import backward_sum, build_optimizer
 from soteacher.train.teacher_signal import LiveTeacher
+
+NO_COSTS: dict[str, Any] = dict.fromkeys(
+    ("preparation_seconds", "seconds_per_step", "extra_parameters", "peak_memory_bytes")
+)
+"""Of a network that was not trained here."""
 
 
 def train_network(study: Study, job: Job, *, on_event: OnEvent, should_stop: Callable[[], bool]) -> None:
@@ -73,53 +78,125 @@ def _train(
     should_stop: Callable[[], bool],
 ) -> None:
     """Put a network, its loss, its data and its teacher together, run the loop, save what comes out."""
-    training, terms, task = study.config.training_of(spec), terms_of(spec), task_of(study.data)
-    torch.manual_seed(derive_seed(job.seed, job.role, "weights"))  # arms of one seed start from the same weights
-    classifier, network = new_classifier(study, spec.model, pretrained=spec.pretrained)
-    start = weights_checksum(classifier.network)
-    trainee = _trainee(study, job, classifier, training, [config.term(task) for config in terms.values()])
-    batches = TrainLoader(
-        study.data.train, batch_size=training.batch_size, augment=study.config.data.augment,
-        seed=derive_seed(job.seed, job.role, "data"), device=trainee.fabric.device, workers=torch.get_num_threads(),
+    training, teacher = study.config.training_of(spec), _teacher(study, job)
+    made = assemble(
+        study, spec, role=job.role, seed=job.seed, teacher=teacher[0] if teacher else None,
+        teacher_name=f"teacher {teacher[1].model}" if teacher else "",
     )  # fmt: skip
-    fingerprint = _fingerprint(study, job, network, spec, start)
-    checkpoint = Checkpoint(study.folder_of(job) / "resume", fingerprint)
-    history = _fit(study, job, trainee, batches, classifier, checkpoint, on_event=on_event, should_stop=should_stop)
+    fingerprint = _fingerprint(study, job, made, spec)
+    resume = study.folder_of(job) / "resume"
+    preparation = Checkpoint(resume / "preparation", fingerprint)
+    checkpoint = Checkpoint(resume, fingerprint)
+    reset_peak_memory(study.device)
+    frozen = teacher[0] if teacher else None
+    before = _prepare(
+        study, job, made, frozen, training, preparation, on_event=on_event, should_stop=should_stop
+    ) if made.stage("preparation") else []  # fmt: skip
+    trainee = _trainee(study, job, made, frozen, training, "training")
+    batches = _batches(study, job, made, training, "data")
+    history = _fit(
+        study, job, trainee, batches, made.classifier, checkpoint, on_event=on_event, should_stop=should_stop
+    )
     facts = {
         "method": spec.method,
-        "terms": {name: config.model_dump(mode="json") for name, config in terms.items()},
+        "terms": {name: config.model_dump(mode="json") for name, config in made.configs.items()},
         "training": training.model_dump(mode="json"),
         "fingerprint": fingerprint,
     }
-    _finish(study, job, classifier, network, history, facts)
+    costs = {
+        "preparation_seconds": sum(line["seconds"] for line in before),
+        "seconds_per_step": sum(line["seconds"] for line in history) / (len(history) * batches.steps_per_epoch),
+        "extra_parameters": made.extra_parameters(),
+        "peak_memory_bytes": peak_memory_bytes(study.device),
+    }
+    _finish(study, job, made.classifier, made.network, history, facts, costs)
+    preparation.remove()
     checkpoint.remove()
 
 
-def _trainee(
-    study: Study, job: Job, classifier: Classifier, training: TrainingConfig, terms: Sequence[Term[Any]]
-) -> Trainee:
-    """Set a network up for its device and precision, with its objectives, optimiser and teacher."""
-    fabric = fabric_for(study.device, training.precision)
-    features = sorted({name for term in terms for name in term.objective.features})
-    objectives = nn.ModuleList(term.objective for term in terms).to(fabric.device)
-    forward = _callable(classifier, features, training)
-    optimizer: Any = build_optimizer(training.optimizer, [*classifier.parameters(), *objectives.parameters()])
-    called, optimizer = fabric.setup(forward, optimizer)
-    teacher, teacher_job = None, _teacher_job(study, job)
-    if teacher_job is not None:
-        network = load_finished(study, teacher_job)[0].requires_grad_(False)
-        teacher = LiveTeacher(fabric.setup_module(_callable(network, features, training).eval()))
-    return Trainee(
-        network=classifier.network, forward=called, terms=tuple(terms), optimizer=optimizer, teacher=teacher,
-        fabric=fabric, config=training, seed=derive_seed(job.seed, job.role, "training"),
+def _prepare(
+    study: Study,
+    job: Job,
+    made: Assembled,
+    teacher: Classifier | None,
+    training: TrainingConfig,
+    checkpoint: Checkpoint,
+    *,
+    on_event: OnEvent,
+    should_stop: Callable[[], bool],
+) -> list[dict[str, Any]]:
+    """Run the stage before the training, or take up what it has left, and hand its objectives over.
+
+    A state that is finished stays until the network is: a resumed training begins from it again.
+    """
+    own = training.preparation()
+    first = {name: tensor.clone() for name, tensor in made.classifier.state_dict().items()}
+    trainee = _trainee(study, job, made, teacher, own, "preparation")
+    lines: list[dict[str, Any]] = []
+
+    def on_epoch(line: dict[str, Any]) -> None:
+        lines.append(line)
+        on_event(job, {"event": "epoch", "stage": "preparation", "epochs": own.epochs, **line})
+
+    def on_step(report: StepReport) -> None:
+        on_event(job, {"event": "step", "stage": "preparation", "epochs": own.epochs, **asdict(report)})
+
+    history = fit(
+        trainee, _batches(study, job, made, own, "preparation data"), measure=dict[str, float],
+        checkpoint=checkpoint, on_epoch=on_epoch, on_step=on_step, should_stop=should_stop,
+    )  # fmt: skip
+    _write_lines(study.folder_of(job) / "preparation.jsonl", history)
+    if not any(term.objective.trains_network for term in trainee.terms):
+        made.classifier.load_state_dict(first)  # batch normalisation has seen the batches; nothing else has changed
+    prepared = {term.objective.name: term.objective for term in trainee.terms}
+    for term in made.stage("training"):
+        term.objective.start(prepared)
+    return history
+
+
+def _batches(study: Study, job: Job, made: Assembled, training: TrainingConfig, purpose: str) -> TrainLoader:
+    """Return the training set of one stage of a network."""
+    return TrainLoader(
+        study.data.train, batch_size=training.batch_size, augment=study.config.data.augment,
+        seed=derive_seed(job.seed, job.role, purpose), device=study.device, workers=torch.get_num_threads(),
+        views=made.views(),
     )  # fmt: skip
 
 
-def _callable(classifier: Classifier, features: Sequence[str], training: TrainingConfig) -> nn.Module:
+def _teacher(study: Study, job: Job) -> tuple[Classifier, NetworkSpec] | None:
+    """Return a student's trained teacher, frozen."""
+    teacher = _teacher_job(study, job)
+    if teacher is None:
+        return None
+    classifier, network = load_finished(study, teacher)
+    return classifier.requires_grad_(False).eval(), network
+
+
+def _trainee(
+    study: Study, job: Job, made: Assembled, teacher: Classifier | None, training: TrainingConfig, stage: Stage
+) -> Trainee:
+    """Set a network up for its device and precision, with one stage's objectives, its optimiser and its teacher."""
+    fabric, terms, classifier = fabric_for(study.device, training.precision), made.stage(stage), made.classifier
+    objectives = nn.ModuleList(term.objective for term in terms).to(fabric.device)
+    forward = _callable(classifier, {name for term in terms for name in term.objective.features}, training)
+    optimizer: Any = build_optimizer(training.optimizer, [*classifier.parameters(), *objectives.parameters()])
+    called, optimizer = fabric.setup(forward, optimizer)
+    signal = None
+    if teacher is not None:
+        taps = {name for term in terms for name in term.objective.teacher_features}
+        signal = LiveTeacher(fabric.setup_module(_callable(teacher, taps, training).eval()), Parts(teacher))
+    return Trainee(
+        network=classifier.network, forward=called, parts=Parts(classifier), terms=terms, optimizer=optimizer,
+        backward=backward_sum, teacher=signal, fabric=fabric, config=training,
+        seed=derive_seed(job.seed, job.role, stage),
+    )  # fmt: skip
+
+
+def _callable(classifier: Classifier, features: Collection[str], training: TrainingConfig) -> nn.Module:
     """Return a classifier as the loop calls it: it gives logits and features, and may be compiled."""
     if training.channels_last:
         classifier.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] an overload torch lacks
-    tapped = Tapped(classifier, resolve_taps(classifier, features))
+    tapped = Tapped(classifier, resolve_taps(classifier, sorted(features)))
     compiled: Any = torch.compile(tapped) if training.compile else tapped
     return compiled
 
@@ -176,12 +253,14 @@ def _finish(
     network: NetworkSpec,
     history: list[dict[str, Any]],
     facts: Mapping[str, Any],
+    costs: Mapping[str, Any] | None = None,
 ) -> None:
     """Evaluate a trained network once more and write it with its row of the results."""
     classifier.to(study.device)
     splits = {"test": study.data.test, "train": study.data.train}
     figures = {name: evaluate(classifier, evaluation_batches(split, study.device)) for name, split in splits.items()}
     row = _row(study, job, network, history, figures, method=facts["method"], parameters=_count(classifier))
+    row |= costs or NO_COSTS
     everything = {
         "role": job.role, "arm": job.arm, "seed": job.seed, "row": row, **facts,
         "data": study.config.data.model_dump(mode="json"),
@@ -278,21 +357,15 @@ def _take_file(study: Study, job: Job, spec: FileTeacher) -> None:
     _finish(study, job, classifier, network, [], facts)
 
 
-def _fingerprint(
-    study: Study,
-    job: Job,
-    network: NetworkSpec,
-    spec: TrainedTeacher | Student,
-    start: str,
-) -> str:
+def _fingerprint(study: Study, job: Job, made: Assembled, spec: TrainedTeacher | Student) -> str:
     """Return the checksum of everything that decides a network's numbers."""
     teacher = _teacher_job(study, job)
     facts = {
         "data": study.data.checksum, "augment": study.config.data.augment.model_dump(mode="json"),
         "seed": job.seed, "role": job.role,
-        "network": network.model_dump(mode="json"), "start": start,
+        "network": made.network.model_dump(mode="json"), "start": weights_checksum(made.classifier.network),
         "training": study.config.training_of(spec).model_dump(mode="json"),
-        "terms": {name: config.model_dump(mode="json") for name, config in terms_of(spec).items()},
+        "terms": {name: config.model_dump(mode="json") for name, config in made.configs.items()},
         "teacher": read_json(study.folder_of(teacher) / "model.json")["fingerprint"] if teacher else None,
     }  # fmt: skip
     return blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()

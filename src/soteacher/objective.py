@@ -4,28 +4,32 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from soteacher.errors import InputError, unknown_name
+from soteacher.logits import standardized_logits
 from soteacher.settings import Settings
-from soteacher.types import Step, Task
+from soteacher.types import DistillStep, Outputs, Step, Task, View
 
 StepT = TypeVar("StepT", bound=Step, contravariant=True)
 
-Ramp = Literal["constant", "linear", "cosine", "quarter_circle", "step"]
+Ramp = Literal["constant", "linear", "cosine", "quarter_circle", "step", "warmup"]
+Stage = Literal["preparation", "training"]
+"""A training may have a stage of its own before it, with a loss of its own."""
 
 
 def ramp_factor(ramp: Ramp, *, epoch: int, num_epochs: int) -> float:
     r"""Return the share of a term's weight that is in force during an epoch.
 
     With :math:`r = (\text{epoch} + 1) / \text{num\_epochs}`, in (0, 1]: constant 1; linear :math:`r`; cosine
-    :math:`(1 - \cos \pi r) / 2`; quarter circle :math:`1 - \sqrt{1 - r^2}`; step 0 while :math:`r \le 1/2`, then 1.
+    :math:`(1 - \cos \pi r) / 2`; quarter circle :math:`1 - \sqrt{1 - r^2}`; step 0 while :math:`r \le 1/2`, then 1;
+    warmup :math:`\min(1, 12 r)`, which is 20 epochs of 240.
 
     Args:
         ramp: the ramp's name.
@@ -36,7 +40,8 @@ def ramp_factor(ramp: Ramp, *, epoch: int, num_epochs: int) -> float:
         InputError: there is no such ramp.
 
     Source: the linear ramp is exactly that of SoTeacher's recipe (Dong et al. 2024, arXiv:2206.06661), whose epochs
-    count from 1; the shapes of the others are ours.
+    count from 1; the warm-up is that of Zhao et al. (DKD), CVPR 2022, arXiv:2203.08679; the shapes of the others are
+    ours.
     """
     share = (epoch + 1) / num_epochs
     if ramp not in get_args(Ramp):
@@ -49,6 +54,8 @@ def ramp_factor(ramp: Ramp, *, epoch: int, num_epochs: int) -> float:
         return 1 - math.sqrt(max(0.0, 1 - share * share))
     if ramp == "step":
         return 1.0 if share > 0.5 else 0.0
+    if ramp == "warmup":
+        return min(1.0, 12 * share)
     return 1.0
 
 
@@ -59,8 +66,14 @@ class Objective(nn.Module, ABC, Generic[StepT]):
     """
 
     name: ClassVar[str]
-    features: ClassVar[tuple[str, ...]] = ()
-    """The taps that it reads; the study takes the union over all terms."""
+    features: tuple[str, ...] = ()
+    """The taps that it reads of the network in training; the study takes the union over all terms."""
+    teacher_features: tuple[str, ...] = ()
+    """The taps that it reads of the teacher."""
+    trains_network: ClassVar[bool] = True
+    """Whether its loss reaches the network's weights; if not, a preparation by it leaves the network as it was."""
+    views: ClassVar[tuple[View, ...]] = ()
+    """The views of each image that it reads besides the batch's own."""
 
     @abstractmethod
     def forward(self, step: StepT) -> Tensor:
@@ -70,6 +83,14 @@ class Objective(nn.Module, ABC, Generic[StepT]):
         """Take in the finished step: running averages, memory banks. Stateless objectives do nothing."""
         del step
 
+    def start(self, prepared: Mapping[str, Objective[Any]]) -> None:
+        """Take over what the preparation has made; called once, before the first step of the training.
+
+        Args:
+            prepared: the objectives of the preparation by name; empty where there was none.
+        """
+        del prepared
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Term(Generic[StepT]):
@@ -78,6 +99,8 @@ class Term(Generic[StepT]):
     objective: Objective[StepT]
     weight: float = 1.0
     ramp: Ramp = "constant"
+    standardize: bool = False
+    """Whether the objective sees standardised logits; see :func:`soteacher.logits.standardized_logits`."""
 
     def __post_init__(self) -> None:
         if not self.weight > 0 or not math.isfinite(self.weight):
@@ -90,12 +113,40 @@ class Term(Generic[StepT]):
         """Return the weight in force during an epoch; see :func:`ramp_factor`."""
         return self.weight * ramp_factor(self.ramp, epoch=epoch, num_epochs=num_epochs)
 
+    def weighted_loss(self, step: StepT) -> Tensor:
+        """Return the objective's scalar times the weight in force."""
+        seen: Any = _standardized(step) if self.standardize else step
+        return self.weight_at(epoch=step.epoch, num_epochs=step.num_epochs) * self.objective(seen)
+
+
+def _standardized(step: Step) -> Step:
+    """Return a step whose logits, the student's and the teacher's, are standardised."""
+    changes: dict[str, Any] = {"outputs": _standardized_outputs(step.outputs), "views": _standardized_views(step.views)}
+    if isinstance(step, DistillStep):
+        changes["teacher"] = _standardized_outputs(step.teacher)
+        changes["teacher_views"] = _standardized_views(step.teacher_views)
+    return replace(step, **changes)
+
+
+def _standardized_outputs(outputs: Outputs) -> Outputs:
+    return Outputs(logits=standardized_logits(outputs.logits), features=outputs.features)
+
+
+def _standardized_views(views: Mapping[View, Outputs]) -> dict[View, Outputs]:
+    return {view: _standardized_outputs(outputs) for view, outputs in views.items()}
+
 
 def weighted_losses(terms: Sequence[Term[StepT]], step: StepT) -> Tensor:
     """Return each term's weighted scalar, in the order of ``terms``: ``[len(terms)]``. The training loss is the sum."""
-    return torch.stack(
-        [term.weight_at(epoch=step.epoch, num_epochs=step.num_epochs) * term.objective(step) for term in terms]
-    )
+    return torch.stack([term.weighted_loss(step) for term in terms])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReusedClassifier:
+    """How a student's last maps reach the classifier that it takes over from its teacher."""
+
+    reduction: int
+    """The projector's inner channels are the teacher's divided by this."""
 
 
 class ObjectiveConfig(Settings, ABC):
@@ -103,11 +154,29 @@ class ObjectiveConfig(Settings, ABC):
 
     needs_teacher: ClassVar[bool] = False
     """Whether the objective reads a teacher."""
+    standardizable: ClassVar[bool] = False
+    """Whether the objective compares logits with logits, so that standardised ones make sense."""
+    prepares_alone: ClassVar[bool] = False
+    """Whether the network's preparation is to follow this objective and no other one."""
 
     weight: float = Field(default=1.0, gt=0)
     """Factor of the objective in the training loss."""
     ramp: Ramp = "constant"
     """How the weight grows over the run; see ``ramp_factor``."""
+    stage: Stage = "training"
+    """When the term counts: in the ``training``, or in a ``preparation`` before it."""
+    standardize: bool = False
+    """Whether teacher's and student's logits are standardised first; for terms that compare logits."""
+
+    @model_validator(mode="after")
+    def _standardizes_logits(self) -> ObjectiveConfig:
+        if self.standardize and not self.standardizable:
+            raise InputError("standardize is for terms that compare logits with logits, and this one does not")
+        return self
+
+    def reuse(self) -> ReusedClassifier | None:
+        """Return how the student takes over the teacher's classifier; ``None`` where it keeps its own."""
+        return None
 
     @abstractmethod
     def build(self, task: Task) -> Objective[Any]:
@@ -115,7 +184,7 @@ class ObjectiveConfig(Settings, ABC):
 
     def term(self, task: Task) -> Term[Any]:
         """Return the objective with its weight and ramp."""
-        return Term(objective=self.build(task), weight=self.weight, ramp=self.ramp)
+        return Term(objective=self.build(task), weight=self.weight, ramp=self.ramp, standardize=self.standardize)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +196,12 @@ class Method:
     title: str
     """One line that says what it does."""
     source: str
-    """Authors, year, venue or arXiv number."""
+    """Authors, venue and year, arXiv number."""
+    venue: str = ""
+    """Where and when it was published, as lists show it: ``CVPR 2022``; empty for what is nobody's."""
+    differs: str = ""
+    """What we do differently from the authors' code, in a sentence or more; empty where nothing is known."""
     terms: dict[str, dict[str, Any]]
     """Objective names and their settings; an empty dictionary takes the objective's defaults."""
+    training: dict[str, Any] = field(default_factory=dict[str, Any])
+    """What the method changes in how the network is trained; a study's own settings go over it."""

@@ -18,10 +18,10 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
 
 import soteacher
-from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher, terms_of
+from soteacher.assembly import assemble, look_at
+from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher
 from soteacher.data import load_data
 from soteacher.environment import environment
 from soteacher.errors import InputError, InterruptedRunError
@@ -31,14 +31,12 @@ from soteacher.jobs import (
     NetworkFactory,
     OnEvent,
     Study,
-    evaluation_batches,
     jobs_of,
     load_teacher_file,
     new_classifier,
     spec_of,
-    task_of,
 )
-from soteacher.models.taps import Tapped, resolve_taps
+from soteacher.models.classifier import Classifier
 from soteacher.models.zoo import check_network
 from soteacher.networks import check_saved, train_network
 from soteacher.pool import Work, available_cores, default_workers, run_side_by_side
@@ -239,41 +237,45 @@ def _shapes_checksum(study: Study, model: str) -> str:
     return blake2b(json.dumps(shapes).encode(), digest_size=16).hexdigest()
 
 
-@torch.no_grad()
 def _check_networks(study: Study) -> None:
-    """Build every network and show it two examples, so that what cannot work fails before anything is written."""
-    images = next(iter(evaluation_batches(study.data.test, "cpu"))).images[:2]
-    students = study.config.students.values()
-    specs = [*(spec for spec in study.config.teachers.values() if not isinstance(spec, SavedTeacher)), *students]
-    for spec in specs:
-        if isinstance(spec, FileTeacher):
-            classifier = load_teacher_file(study, spec)[0]
-            features = list[str]()
-        else:
-            classifier, _ = new_classifier(study, spec.model, pretrained=False)
-            terms = [config.build(task_of(study.data)) for config in terms_of(spec).values()]
-            features = sorted({name for term in terms for name in term.features})
-        try:
-            logits, _ = Tapped(classifier.eval(), resolve_taps(classifier, features))(images)
-        except InputError:
-            raise
-        except Exception as error:  # what a network asks of its input, each library says in its own words
-            raise InputError(f"{spec.model} cannot take images of shape {list(images.shape[1:])}: {error}") from error
-        if logits.shape[1] != study.data.num_classes:
-            raise InputError(f"{spec.model} gives {logits.shape[1]} logits for {study.data.num_classes} classes")
-        if not isinstance(spec, FileTeacher):
-            _check_last_batch(study, spec, classifier, images)
+    """Build every network and its loss, so that what cannot work fails before anything is written."""
+    teachers = {name: _untrained(study, name) for name in study.config.teachers}
+    for name, classifier in teachers.items():
+        look_at(study, classifier, _title(study, name))
+    for arm in study.config.arms():
+        student, teacher = study.config.students[arm.student], None if arm.teacher is None else teachers[arm.teacher]
+        title = "" if arm.teacher is None else _title(study, arm.teacher)
+        made = assemble(study, student, role="student", seed=0, teacher=teacher, teacher_name=title)
+        _check_last_batch(study, student, made.classifier)
 
 
-def _check_last_batch(
-    study: Study, spec: TrainedTeacher | Student, classifier: nn.Module, images: torch.Tensor
-) -> None:
+def _title(study: Study, teacher: str) -> str:
+    """Return how messages call a teacher: by its network, where the settings say it."""
+    spec = study.config.teachers[teacher]
+    return f"teacher {teacher if isinstance(spec, SavedTeacher) or spec.model is None else spec.model}"
+
+
+def _untrained(study: Study, teacher: str) -> Classifier:
+    """Return a teacher of the study as it is before its training."""
+    spec = study.config.teachers[teacher]
+    if isinstance(spec, SavedTeacher):
+        return _untrained(study, spec.teacher)
+    if isinstance(spec, FileTeacher):
+        return load_teacher_file(study, spec)[0]
+    classifier = assemble(study, spec, role="teacher", seed=0, teacher=None, teacher_name="").classifier
+    _check_last_batch(study, spec, classifier)
+    return classifier
+
+
+@torch.no_grad()
+def _check_last_batch(study: Study, spec: TrainedTeacher | Student, classifier: Classifier) -> None:
     """Make sure that a network can be trained on the last batch of an epoch where that is a single example."""
     size, examples = study.config.training_of(spec).batch_size, study.data.train.num_examples
     if examples % size != 1 and size != 1:
         return
+    data = study.data
     try:
-        classifier.train()(images[:1])
+        classifier.train()(torch.full((1, data.in_channels, data.image_size, data.image_size), 0.5))
     except ValueError as error:
         raise InputError(
             f"{spec.model} cannot be trained on a batch of one example, and {examples} examples in batches of {size} "

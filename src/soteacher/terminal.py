@@ -62,11 +62,11 @@ class ProgressDisplay:
             self._start_all()
             self._tasks[job] = self._bars.add_task(f"{job.arm}/{job.seed}", total=total, figures="")
         figures = (
-            f"{event['epoch'] + 1}/{event['epochs']} loss {event['loss']:.2f} acc {100 * event['accuracy']:.1f}% "
-            f"{event['images_per_second']:,.0f} img/s"
+            f"{_stage(event)}{event['epoch'] + 1}/{event['epochs']} loss {event['loss']:.2f} "
+            f"acc {100 * event['accuracy']:.1f}% {event['images_per_second']:,.0f} img/s"
         )
         done = event["epoch"] * event["steps_per_epoch"] + event["step"]
-        self._bars.update(self._tasks[job], completed=done, figures=figures)
+        self._bars.update(self._tasks[job], total=total, completed=done, figures=figures)
 
     def _start_all(self) -> None:
         """Show how many networks of the study are finished."""
@@ -80,8 +80,8 @@ class ProgressDisplay:
 
     def _epoch(self, job: Job, event: Mapping[str, Any]) -> None:
         line = (
-            f"{job.name}: epoch {event['epoch'] + 1}/{event['epochs']}, loss {event['train_loss']:.3f}, "
-            f"accuracy {100 * event['train_accuracy']:.1f} % train, {100 * event['test_accuracy']:.1f} % test, "
+            f"{job.name}: {_stage(event)}epoch {event['epoch'] + 1}/{event['epochs']}, loss {event['train_loss']:.3f}, "
+            f"accuracy {100 * event['train_accuracy']:.1f} % train, {_tested(event)}"
             f"{event['images_per_second']:,.0f} images/s"
         )
         now = time.monotonic()
@@ -111,6 +111,16 @@ class ProgressDisplay:
             self._log = (self._run / LOG).open("a", encoding="utf-8")
         self._log.write(line + "\n")
         self._log.flush()
+
+
+def _stage(event: Mapping[str, Any]) -> str:
+    """Return the stage of an event where it is not the training itself."""
+    return f"{event['stage']}, " if "stage" in event else ""
+
+
+def _tested(event: Mapping[str, Any]) -> str:
+    """Return the accuracy on the test images, which is measured in the training only."""
+    return f"{100 * event['test_accuracy']:.1f} % test, " if "test_accuracy" in event else ""
 
 
 class DownloadBar:

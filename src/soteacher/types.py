@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 from torch import Tensor, nn
+
+View = Literal["second", "strong", "rotated"]
+"""A further view of each image of a batch, for objectives that declare it:
+
+``second``: another draw of the study's augmentation, ``[B, C, H, W]``; ``strong``: the same and RandAugment on top;
+``rotated``: the batch's own images turned by 90, 180 and 270 degrees, ``[3B, C, H, W]``, all of 90 first.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,6 +26,8 @@ class Batch:
     """``[B]`` int64 class ids."""
     indices: Tensor
     """``[B]`` int64 rows of the training set; objectives with a memory are keyed by them."""
+    views: Mapping[View, Tensor] = field(default_factory=dict[View, Tensor])
+    """Further views of the same examples, of the names that the objectives asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +38,34 @@ class Outputs:
     """``[B, K]``."""
     features: dict[str, Tensor]
     """The taps that the objectives asked for, by name, each ``[B, ...]``."""
+
+
+class NetworkParts(Protocol):
+    """Pieces of a network, for objectives that send a feature through them."""
+
+    @property
+    def classifier(self) -> nn.Linear:
+        """The layer that makes logits ``[B, K]`` of the feature ``pooled`` ``[B, D]``.
+
+        Raises:
+            InputError: the network's classifier is no linear layer.
+        """
+        ...
+
+    def run_from(self, tap: str, feature: Tensor, images: Tensor) -> Tensor:
+        """Return the logits ``[B, K]`` that the network gives where a tap has another value; gradients flow through.
+
+        What lies before the tap does not run. Running statistics stay as they are.
+
+        Args:
+            tap: ``stem`` or a stage.
+            feature: of the tap's shape.
+            images: ``[B, C, H, W]`` of the batch: only their shape is used.
+
+        Raises:
+            InputError: the network has no such tap, or cannot go on from there.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +83,12 @@ class Step:
     num_epochs: int
     progress: float
     """The share of the run that lies behind, in [0, 1)."""
+    seed: int = 0
+    """For what an objective draws by itself, in a generator of its own; another one in each step."""
+    views: Mapping[View, Outputs] = field(default_factory=dict[View, Outputs])
+    """What the network returned for the further views."""
+    parts: NetworkParts | None = None
+    """Pieces of the network in training; the loop always gives them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +96,26 @@ class DistillStep(Step):
     """A step of student training: the same, and what the frozen teacher returned."""
 
     teacher: Outputs
+    teacher_views: Mapping[View, Outputs] = field(default_factory=dict[View, Outputs])
+    """What the teacher returned for the further views."""
+    teacher_parts: NetworkParts | None = None
+    """Pieces of the frozen teacher; the loop always gives them where the teacher is live."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkFacts:
+    """What one look at a network has shown."""
+
+    name: str
+    """How messages call it: ``student wrn_16_2``."""
+    taps: Mapping[str, tuple[int, ...]]
+    """Shape of the feature at each tap, without the batch: ``(C, H, W)`` maps, ``(N, D)`` tokens, ``(D,)`` vectors.
+
+    Iteration gives the canonical taps from shallow to deep; a module's path can be looked up too. An unknown name is an
+    InputError.
+    """
+    num_logits: int
+    """K, the numbers that the network puts out for each example."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,3 +124,9 @@ class Task:
 
     num_examples: int
     num_classes: int
+    labels: Tensor | None = None
+    """``[num_examples]`` int64 class of each training example."""
+    network: NetworkFacts | None = None
+    """The network in training."""
+    teacher: NetworkFacts | None = None
+    """The frozen teacher of a student."""

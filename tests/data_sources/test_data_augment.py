@@ -36,7 +36,7 @@ def test_crop_equals_padding_and_slicing_one_by_one(padding, dtype, channels):
 
 
 def test_crop_equals_torchvision():
-    operators = pytest.importorskip("soteacher.models.torchvision_operators")
+    operators = pytest.importorskip("soteacher.torchvision_operators")
     operators.define_missing_operators()
     from torchvision.transforms import functional
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from soteacher.errors import InputError
 from soteacher.models.classifier import Classifier, NetworkSpec, build_classifier, network_spec
-from soteacher.models.torchvision_operators import define_missing_operators
+from soteacher.torchvision_operators import define_missing_operators
 
 MEAN, STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 DATA = {"num_classes": 10, "in_channels": 3, "mean": MEAN, "std": STD, "image_size": 32}

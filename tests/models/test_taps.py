@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from soteacher.errors import InputError
+from soteacher.models import zoo
 from soteacher.models.classifier import Classifier
 from soteacher.models.taps import Tap, Tapped, classifier_module, find_taps, resolve_taps
 from soteacher.models.zoo import build_network
@@ -50,7 +51,8 @@ def test_features_equal_the_pass_by_hand(name, images):
     torch.manual_seed(0)
     network = build_network(name, num_classes=10).eval()
     logits, features = Tapped(network, find_taps(network))(images)
-    assert list(features) == ["stem", "stage1", "stage2", "stage3", "pooled"]
+    preactivations = ["preactivation1", "preactivation2", "preactivation3"]
+    assert list(features) == ["stem", "stage1", "stage2", "stage3", *preactivations, "maps", "pooled"]
     stages = [network.get_submodule(f"{'layer' if name == 'resnet8' else 'block'}{stage}") for stage in (1, 2, 3)]
     stem = network.get_submodule("conv1")(images)
     last = lambda maps: torch.relu(network.get_submodule("bn1")(maps))  # noqa: E731
@@ -62,6 +64,7 @@ def test_features_equal_the_pass_by_hand(name, images):
     for feature, expected in zip(features.values(), maps, strict=False):
         torch.testing.assert_close(feature, expected)
     pooled = last(maps[-1]).mean((2, 3))
+    torch.testing.assert_close(features["maps"], last(maps[-1]))
     torch.testing.assert_close(features["pooled"], pooled)
     torch.testing.assert_close(logits, network.get_submodule("fc")(pooled))
 
@@ -153,6 +156,8 @@ def test_unknown_taps_name_those_that_exist(resnet):
 def test_classifier_is_tapped_inside(resnet, images):
     classifier = Classifier(resnet.eval(), mean=(0.5,) * 3, std=(0.25,) * 3)
     assert find_taps(classifier)["stage1"] == Tap("network.layer1")
+    assert find_taps(classifier)["preactivation2"] == Tap("network.layer2.0.relu", "input")
+    assert find_taps(classifier)["maps"] == Tap("network.avgpool", "input")
     taps = resolve_taps(classifier, ["layer1.0", "pooled"])
     assert taps == {"layer1.0": Tap("network.layer1.0"), "pooled": Tap("network.fc", "input")}
     logits, features = Tapped(classifier, taps)(images)
@@ -205,7 +210,8 @@ def test_maps_with_channels_last_come_with_channels_first():
 def test_timm_convolutional_taps(name, stages, shapes):
     network = build_network(f"timm/{name}", num_classes=10).eval()
     taps = find_taps(network)
-    assert list(taps) == ["stem", "stage1", "stage2", "stage3", "stage4", "pooled"]
+    maps = ["maps"] if name == "resnet18" else []
+    assert list(taps) == ["stem", "stage1", "stage2", "stage3", "stage4", *maps, "pooled"]
     assert [tap.module for tap in taps.values()][:5] == stages
     logits, features = Tapped(network, taps)(torch.rand(1, 3, 64, 64))
     sides = [32, 16, 8, 4, 2]
@@ -238,4 +244,52 @@ def test_timm_maps_with_channels_last_are_turned():
 def test_timm_stage_without_a_module_is_left_out():
     network = build_network("timm/resnet18", num_classes=10)
     network.feature_info[2] = {**network.feature_info[2], "module": "not_there"}
-    assert list(find_taps(network)) == ["stem", "stage1", "stage3", "stage4", "pooled"]
+    assert list(find_taps(network)) == ["stem", "stage1", "stage3", "stage4", "maps", "pooled"]
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("resnet18", "global_pool"),
+        ("mobilenetv2_050", "global_pool"),
+        ("regnetx_002", "head.global_pool"),
+    ],
+)
+def test_timm_maps_average_to_the_pooled_features(name, module):
+    network = build_network(f"timm/{name}", num_classes=10).train()
+    taps = resolve_taps(network, ["maps", "pooled"])
+    assert taps["maps"] == Tap(module, "input")
+    with torch.no_grad():
+        _, features = Tapped(network, taps)(torch.rand(2, 3, 64, 64))
+    assert features["maps"].shape == (2, features["pooled"].shape[1], 2, 2)
+    torch.testing.assert_close(features["maps"].mean((2, 3)), features["pooled"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_tiny_patch16_224",  # no maps
+        "mobilenetv3_small_050",  # a convolution after the pooling
+        "convnext_atto",  # a normalisation after the pooling
+        "swin_tiny_patch4_window7_224",  # channels last
+    ],
+)
+def test_timm_networks_without_averaged_maps(name):
+    assert "maps" not in find_taps(build_network(f"timm/{name}", num_classes=10))
+
+
+@pytest.mark.parametrize("pool_type", ["max", "avgmax", ""])
+def test_timm_poolings_that_do_not_average_give_no_maps(pool_type):
+    num_classes = 10 if pool_type else 0  # without a pooling timm wants no classifier
+    network = zoo._import_timm().create_model("resnet18", num_classes=num_classes, global_pool=pool_type)
+    assert "maps" not in find_taps(network)
+
+
+@pytest.mark.parametrize(
+    ("between", "expected"),
+    [(nn.Identity(), True), (nn.Dropout(0.0), True), (nn.Dropout(0.1), False), (nn.ReLU(), False)],
+)
+def test_timm_maps_want_nothing_before_the_classifier(between, expected):
+    network = build_network("timm/regnetx_002", num_classes=10)
+    network.get_submodule("head").drop = between
+    assert ("maps" in find_taps(network)) is expected

@@ -172,6 +172,27 @@ def test_load_weights_copies_them(network):
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in other.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"epoch": 240, "model": state, "accuracy": 0.7},
+        lambda state: {"state_dict": {f"module.{name}": value for name, value in state.items()}, "best_acc": 0.7},
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "classifier"), [("vgg13", "classifier"), ("ResNet50", "linear"), ("ShuffleV1", "linear")]
+)
+def test_released_teachers_load(tmp_path, name, classifier, wrap):
+    state = build_network(name, num_classes=100).state_dict()
+    torch.save(wrap(state), tmp_path / "ckpt_epoch_240.pth")
+    network = build_network(name, num_classes=100)
+    assert not torch.equal(network.get_parameter(f"{classifier}.weight"), state[f"{classifier}.weight"])
+    load_weights(network, read_weights(tmp_path / "ckpt_epoch_240.pth"), source="file")
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+    del state[f"{classifier}.bias"]
+    assert f"1 missing ({classifier}.bias)" in refusal(load_weights, network, state, source="file")
+
+
 def test_load_weights_does_without_batch_counters(network):
     old = {name: value for name, value in network.state_dict().items() if not name.endswith("num_batches_tracked")}
     load_weights(build_network("resnet8", num_classes=10), old, source="file")

@@ -11,7 +11,8 @@ from soteacher.models.zoo import build_network, check_network, network_names, ti
 
 def test_network_names_all_build():
     names = network_names()
-    assert {"resnet8x4", "resnet110", "wrn_40_2"} <= set(names)
+    assert {"resnet8x4", "resnet110", "wrn_40_2", "vgg8", "vgg19", "resnet50"} <= set(names)
+    assert {"mobilenet_v2", "shufflenet_v1", "shufflenet_v2"} <= set(names)
     assert len(set(names)) == len(names)
     for name in names:
         assert build_network(name, num_classes=2) is not None
@@ -42,7 +43,7 @@ def test_timm_network_with_a_tag():
         ("timm/resnet18.nothing", "unknown network.*timm/resnet18"),
         ("timm/", "unknown network 'timm/'"),
         ("", "unknown network ''; known: "),
-        ("zzzzzzz", "unknown network 'zzzzzzz'; known: resnet110"),
+        ("zzzzzzz", "unknown network 'zzzzzzz'; known: mobilenet_v2, resnet110"),
         ("resnet18", "depth must be 6n.*; timm has one of that name: timm/resnet18"),
         ("resnet9", "^resnet9: depth must be 6n.*got 9$"),
         ("resnet8x1", "^resnet8x1: width must be at least 2, got 1$"),

@@ -1,12 +1,22 @@
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from soteacher.types import DistillStep, Outputs, Task
+from soteacher.models.classifier import Classifier
+from soteacher.models.inspection import inspect_network
+from soteacher.models.parts import Parts
+from soteacher.models.taps import Tapped, resolve_taps
+from soteacher.models.zoo import build_network
+from soteacher.objective import Objective
+from soteacher.types import DistillStep, Outputs, Task, View
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 
@@ -58,6 +68,9 @@ def make_step() -> Callable[..., DistillStep]:
         logits: Tensor | None = None,
         epoch: int = 0,
         num_epochs: int = 4,
+        features: Mapping[str, Tensor] | None = None,
+        teacher_features: Mapping[str, Tensor] | None = None,
+        **more: Any,
     ) -> DistillStep:
         generator = torch.Generator().manual_seed(seed)
         images = torch.rand(len(indices), 3, 6, 6, generator=generator)
@@ -67,12 +80,111 @@ def make_step() -> Callable[..., DistillStep]:
             images=images,
             labels=torch.randint(0, student.shape[1], (len(indices),), generator=generator),
             indices=torch.tensor(indices),
-            outputs=Outputs(logits=student.to(dtype), features={}),
+            outputs=Outputs(logits=student.to(dtype), features=dict(features or {})),
             model=network,
             epoch=epoch,
             num_epochs=num_epochs,
             progress=epoch / num_epochs,
-            teacher=Outputs(logits=teacher.to(dtype), features={}),
+            teacher=Outputs(logits=teacher.to(dtype), features=dict(teacher_features or {})),
+            **more,
         )
+
+    return make
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A real student and a real, frozen teacher, with what a study knows of them."""
+
+    student: Classifier
+    teacher: Classifier
+    task: Task
+
+    def step(
+        self, *objectives: Objective[Any], seed: int = 0, batch: int = 8, dtype: torch.dtype = torch.float32
+    ) -> DistillStep:
+        """Run both on a seeded batch and give the objectives all that they declare; ``dtype`` as autocast would."""
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.rand(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+        views: dict[View, Tensor] = {
+            "second": images.flip(3),
+            "strong": images.flip(2),
+            "rotated": torch.cat([images.rot90(turns, (2, 3)) for turns in (1, 2, 3)]),
+        }
+        wanted = {view for objective in objectives for view in objective.views}
+        features = {name for objective in objectives for name in objective.features}
+        teacher_features = {name for objective in objectives for name in objective.teacher_features}
+        self.student.train()
+        student, teacher = run(self.student, features, dtype), run(self.teacher, teacher_features, dtype)
+        with torch.no_grad():
+            answer = teacher(images)
+            answers = {view: teacher(views[view]) for view in wanted}
+        return DistillStep(
+            images=images,
+            labels=torch.randint(0, CLASSES, (batch,), generator=generator),
+            indices=torch.randperm(EXAMPLES, generator=generator)[:batch],
+            outputs=student(images),
+            views={view: student(views[view]) for view in wanted},
+            model=self.student.network,
+            parts=Parts(self.student),
+            epoch=1,
+            num_epochs=4,
+            progress=0.25,
+            seed=seed,
+            teacher=answer,
+            teacher_views=answers,
+            teacher_parts=Parts(self.teacher),
+        )
+
+
+def run(classifier: Classifier, features: Collection[str], dtype: torch.dtype) -> Callable[[Tensor], Outputs]:
+    """Return the network as the training loop calls it."""
+
+    def outputs(images: Tensor) -> Outputs:
+        tapped = Tapped(classifier, resolve_taps(classifier, features))
+        try:
+            logits, values = tapped(images)
+        finally:
+            tapped.close()
+        return Outputs(logits=logits.to(dtype), features={name: value.to(dtype) for name, value in values.items()})
+
+    return outputs
+
+
+IMAGE_SIZE, CLASSES, EXAMPLES = 32, 5, 24
+PAIRS = {  # teacher, student
+    "same family": ("wrn_10_2", "wrn_10_1"),
+    "other family": ("vgg8", "resnet8"),
+    "transformer teacher": ("timm/test_vit", "resnet8"),
+    "transformer student": ("resnet8x2", "timm/test_vit"),
+}
+
+
+@pytest.fixture(scope="session")
+def make_pair() -> Callable[[str], Pair]:
+    """Build a pair by its name, always with the same weights; the networks are the caller's own."""
+
+    def classifier(name: str, seed: int) -> Classifier:
+        torch.manual_seed(seed)
+        size = 160 if name.startswith("timm/") else None
+        return Classifier(build_network(name, num_classes=CLASSES), mean=[0.5] * 3, std=[0.25] * 3, input_size=size)
+
+    @cache
+    def original(pair: str) -> Pair:
+        teacher_name, student_name = PAIRS[pair]
+        student, teacher = classifier(student_name, 0), classifier(teacher_name, 1).eval().requires_grad_(False)
+        images = torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+        task = Task(
+            num_examples=EXAMPLES,
+            num_classes=CLASSES,
+            labels=torch.arange(EXAMPLES) % CLASSES,
+            network=inspect_network(student, images, name=f"student {student_name}"),
+            teacher=inspect_network(teacher, images, name=f"teacher {teacher_name}"),
+        )
+        return Pair(student, teacher, task)
+
+    def make(pair: str) -> Pair:
+        found = original(pair)
+        return Pair(copy.deepcopy(found.student), copy.deepcopy(found.teacher), found.task)
 
     return make

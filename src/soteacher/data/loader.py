@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import atexit
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from soteacher.data.augment import AugmentConfig, apply_views, draw_views, to_unit_range
+from soteacher.data.augment import AugmentConfig, Views, apply_views, draw_views, to_unit_range
 from soteacher.data.dataset import ImageSplit
 from soteacher.data.folder_images import FolderImages
+from soteacher.data.strong import Changes, apply_changes, draw_changes
 from soteacher.errors import InputError
 from soteacher.randomness import generator
-from soteacher.types import Batch
+from soteacher.types import Batch, View
 
 
 class TrainLoader:
@@ -34,6 +35,7 @@ class TrainLoader:
         seed: of order and views.
         device: where batches are wanted.
         workers: processes that decode images in files; 0: this one.
+        views: further views of each image that batches are to carry.
 
     Raises:
         InputError: ``batch_size`` is not positive or ``workers`` is negative.
@@ -48,6 +50,7 @@ class TrainLoader:
         seed: int,
         device: torch.device | str,
         workers: int = 0,
+        views: Sequence[View] = (),
     ) -> None:
         self._images = _Images(split.images, batch_size=batch_size, device=torch.device(device), workers=workers)
         self._labels = split.labels.to(device)
@@ -56,6 +59,7 @@ class TrainLoader:
         self._augment = augment
         self._seed = seed
         self._device = torch.device(device)
+        self._views = views
 
     @property
     def num_examples(self) -> int:
@@ -75,16 +79,29 @@ class TrainLoader:
             start: the batch to begin with, from 0; what follows is what it would be without a beginning in between.
         """
         order = torch.randperm(self.num_examples, generator=generator(self._seed, "order", epoch))
-        views = draw_views(
-            self._augment, self.num_examples, generator(self._seed, "augment", epoch), self._image_size
-        ).to(self._device)
+        views = self._drawn("augment", epoch)
+        others: dict[View, Views] = {name: self._drawn(name, epoch) for name in self._views if name != "rotated"}
+        strong = self._drawn_changes(epoch) if "strong" in self._views else None
         batches = order.split(self._batch_size)[start:]
-        for rows, images in self._images.batches(batches):
-            yield Batch(
-                images=apply_views(images, views.select(rows), self._augment),
-                labels=self._labels[rows],
-                indices=rows,
-            )
+        for rows, loaded in self._images.batches(batches):
+            images = apply_views(loaded, views.select(rows), self._augment)
+            further: dict[View, Tensor] = {}
+            for name, other in others.items():
+                further[name] = apply_views(loaded, other.select(rows), self._augment)
+            if strong is not None:
+                further["strong"] = apply_changes(further["strong"], strong.select(rows))
+            if "rotated" in self._views:
+                further["rotated"] = torch.cat([images.rot90(turns, (2, 3)) for turns in (1, 2, 3)])
+            yield Batch(images=images, labels=self._labels[rows], indices=rows, views=further)
+
+    def _drawn(self, purpose: str, epoch: int) -> Views:
+        """Return an epoch's draws of the study's augmentation for one purpose."""
+        source = generator(self._seed, purpose, epoch)
+        return draw_views(self._augment, self.num_examples, source, self._image_size).to(self._device)
+
+    def _drawn_changes(self, epoch: int) -> Changes:
+        """Return an epoch's draws of the strong augmentation."""
+        return draw_changes(self.num_examples, generator(self._seed, "strong changes", epoch)).to(self._device)
 
 
 class EvaluationLoader:

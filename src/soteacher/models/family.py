@@ -2,20 +2,44 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from torch import nn
 
 
-class FamilyNetwork(nn.Module):
-    """A network of ours, which says itself where its features are. Subclasses are final."""
+@dataclass(frozen=True, slots=True)
+class Tap:
+    """Where a feature is taken: what a module puts out, or what it takes in (its first argument)."""
+
+    module: str
+    """Path of the module in the network, as in ``named_modules``."""
+    side: Literal["output", "input"] = "output"
+    channels: int | None = None
+    """Where given, maps that have this many channels last, ``[B, H, W, C]``, come as ``[B, C, H, W]``."""
+
+
+class FamilyNetwork(nn.Module, ABC):
+    """A network of ours, which says itself where its features are. Subclasses are final.
+
+    Its logits are the classifier layer's values for the averages of the last maps: nothing lies between.
+    """
 
     feature_modules: ClassVar[Mapping[str, str]]
     """Canonical feature names (``stem``, ``stage1``, ...), from shallow to deep, and the modules that put them out."""
+    pooling_module: ClassVar[str] = "avgpool"
+    """The layer that averages the last maps: what it takes in is the feature ``maps``."""
     classifier_module: ClassVar[str]
     """The layer that makes logits out of the pooled features."""
+
+    @abstractmethod
+    def preactivations(self) -> dict[str, Tap]:
+        """Return where the stages' outputs are before a rectifier cuts them: ``preactivation1`` for ``stage1``, ...
+
+        A stage that ends without a rectifier, and has none in front of what follows, is left out: its output serves.
+        """
 
 
 class Builder(Protocol):
@@ -41,8 +65,21 @@ class Family:
     build: Builder
 
 
+def preactivations_of_blocks(network: FamilyNetwork) -> dict[str, Tap]:
+    """Return the preactivations of stages that are sequences of blocks: what the last block's ``relu`` takes in."""
+    stages = {name: module for name, module in network.feature_modules.items() if name.startswith("stage")}
+    return {
+        f"pre{name.replace('stage', 'activation')}": Tap(
+            f"{module}.{len(list(network.get_submodule(module).children())) - 1}.relu", "input"
+        )
+        for name, module in stages.items()
+    }
+
+
 def initialize(network: nn.Module) -> None:
     r"""Draw the convolutions from :math:`\mathcal N(0, 2 / \text{fan\_out})`; other layers keep PyTorch's start.
+
+    The fan counts kernel elements times output channels, also where a convolution has groups.
 
     Source: He et al. 2015, arXiv:1502.01852, section 2.2, backward form, as the CIFAR networks of the literature do.
     """

@@ -1,4 +1,7 @@
-"""Residual networks for small images: ``resnetD`` and the wider ``resnetDxW``, depth D = 6n + 2."""
+"""Residual networks of basic blocks for small images: ``resnetD`` and the wider ``resnetDxW``, depth D = 6n + 2.
+
+``resnet50`` is not among them: by that name the field means the network of bottleneck blocks.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from soteacher.errors import InputError
-from soteacher.models.family import Family, FamilyNetwork, initialize
+from soteacher.models.family import Family, FamilyNetwork, Tap, initialize, preactivations_of_blocks
 
 
 class BasicBlock(nn.Module):
@@ -26,12 +29,13 @@ class BasicBlock(nn.Module):
         if stride != 1 or in_channels != channels:
             projection = nn.Conv2d(in_channels, channels, 1, stride=stride, bias=False)
             self.downsample = nn.Sequential(projection, nn.BatchNorm2d(channels))
+        self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the rectified sum of the shortcut and the two convolutions."""
         shortcut = x if self.downsample is None else self.downsample(x)
         residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(residual + shortcut)
+        return self.relu(residual + shortcut)
 
 
 class ResNet(FamilyNetwork):
@@ -82,6 +86,10 @@ class ResNet(FamilyNetwork):
         maps = self.layer3(self.layer2(self.layer1(stem)))
         return self.fc(self.avgpool(maps).flatten(1))
 
+    def preactivations(self) -> dict[str, Tap]:
+        """Return where the sums of the stages' last blocks are, before the rectifier."""
+        return preactivations_of_blocks(self)
+
 
 def _stage(in_channels: int, channels: int, num_blocks: int, *, stride: int) -> nn.Sequential:
     """Return a stage whose first block changes channels and sides."""
@@ -92,7 +100,7 @@ def _stage(in_channels: int, channels: int, num_blocks: int, *, stride: int) -> 
 def _numbers(name: str) -> tuple[int, int] | None:
     """Return depth and width of a name; ``None`` for one that is not of the family."""
     match = re.fullmatch(r"resnet(\d+)(?:x(\d+))?", name)
-    if match is None:
+    if match is None or name == "resnet50":
         return None
     depth, width = int(match[1]), int(match[2] or 1)
     if depth < 8 or (depth - 2) % 6:
@@ -110,7 +118,7 @@ def build_resnet(name: str, *, num_classes: int, in_channels: int) -> ResNet:
     """
     numbers = _numbers(name)
     if numbers is None:
-        raise InputError(f"{name!r} is no network of this family; wanted resnetD or resnetDxW")
+        raise InputError(f"{name!r} is no network of this family; wanted resnetD or resnetDxW, not resnet50")
     depth, width = numbers
     return ResNet(
         blocks_per_stage=(depth - 2) // 6,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,33 +14,33 @@ from torch.utils.hooks import RemovableHandle
 
 from soteacher.errors import InputError
 from soteacher.models.classifier import Classifier
-from soteacher.models.family import FamilyNetwork
-
-
-@dataclass(frozen=True, slots=True)
-class Tap:
-    """Where a feature is taken: what a module puts out, or what it takes in (its first argument)."""
-
-    module: str
-    """Path of the module in the network, as in ``named_modules``."""
-    side: Literal["output", "input"] = "output"
-    channels: int | None = None
-    """Where given, maps that have this many channels last, ``[B, H, W, C]``, come as ``[B, C, H, W]``."""
+from soteacher.models.family import FamilyNetwork, Tap
 
 
 def find_taps(network: nn.Module) -> dict[str, Tap]:
     """Return the canonical taps of a network, from shallow to deep.
 
     ``stem`` and ``stage1`` to ``stageN`` are what the stages put out, maps ``[B, C, H, W]`` or tokens ``[B, N, D]``;
-    ``pooled`` is what the classifier layer takes in, flattened to ``[B, D]``. Networks of ours say where these are, and
-    so do timm's: the first of five stages at half resolution is the stem, and of blocks that all have one resolution (a
-    ViT's) four evenly spaced ones are the stages, the last among them; a stage that is no module of its own is left
-    out. Of any other network only ``pooled`` is known, the input of its last linear layer, if it has one.
+    ``preactivation1`` to ``preactivationN`` the same before the last rectifier, of the networks of ours whose stages
+    have one; ``maps`` the last maps ``[B, D, H, W]``, whose averages are ``pooled``; and ``pooled`` what the classifier
+    layer takes in, flattened to ``[B, D]``.
+
+    Networks of ours say where these are, and timm's say it of the stages: the first of five stages at half resolution
+    is the stem, and of blocks that all have one resolution (a ViT's) four evenly spaced ones are the stages, the last
+    among them; a stage that is no module of its own is left out. A network of timm has ``maps`` where a module
+    ``global_pool`` beside the classifier layer holds PyTorch's average pooling to one pixel, which takes channels
+    first, and between the two there is nothing but flattening and dropout of rate 0. Of any other network only
+    ``pooled`` is known, the input of its last linear layer, if it has one.
     """
     if isinstance(network, Classifier):
         return {name: _inside_classifier(tap) for name, tap in find_taps(network.network).items()}
     taps = _stage_taps(network)
     classifier = classifier_module(network)
+    if isinstance(network, FamilyNetwork):
+        taps |= network.preactivations()
+        taps["maps"] = Tap(network.pooling_module, "input")
+    elif classifier is not None and _is_timm(network) and (pooling := _timm_pooling(network, classifier)):
+        taps["maps"] = Tap(pooling, "input")
     if classifier is not None:
         taps["pooled"] = Tap(classifier, "input")
     return taps
@@ -182,6 +182,31 @@ def _stage_taps(network: nn.Module) -> dict[str, Tap]:
         for number, stage in enumerate(stages, start=first)
         if stage["module"] in modules
     }
+
+
+def _timm_pooling(network: nn.Module, classifier: str) -> str | None:
+    """Return the path of the average pooling whose outputs the classifier takes in; ``None`` where that is not sure.
+
+    Modules stand in the order in which timm's networks run them, as far as the pooling and what follows are concerned.
+    """
+    parent, _, name = classifier.rpartition(".")
+    siblings = list(network.get_submodule(parent).named_children())
+    names = [sibling for sibling, _ in siblings]
+    if "global_pool" not in names or names.index("global_pool") > names.index(name):
+        return None
+    pooling, *between = [module for _, module in siblings[names.index("global_pool") : names.index(name)]]
+    layers = [layer for layer in pooling.modules() if not list(layer.children()) and not _passes(layer)]
+    averages = [
+        layer for layer in layers if isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size in (1, (1, 1))
+    ]
+    if len(layers) != 1 or layers != averages or not all(_passes(module) for module in between):
+        return None
+    return f"{parent}.global_pool" if parent else "global_pool"
+
+
+def _passes(module: nn.Module) -> bool:
+    """Say whether a module leaves every value as it is."""
+    return isinstance(module, (nn.Identity, nn.Flatten)) or (isinstance(module, nn.Dropout) and module.p == 0)
 
 
 def _is_timm(network: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from soteacher.errors import InputError
-from soteacher.models.family import Family, FamilyNetwork, initialize
+from soteacher.models.family import Family, FamilyNetwork, Tap, initialize
 
 
 class WideBlock(nn.Module):
@@ -74,6 +74,14 @@ class WideResNet(FamilyNetwork):
         """Return logits ``[B, K]`` of normalised images ``[B, C, H, W]``."""
         maps = self.block3(self.block2(self.block1(self.conv1(images))))
         return self.fc(self.avgpool(F.relu(self.bn1(maps))).flatten(1))
+
+    def preactivations(self) -> dict[str, Tap]:
+        """Return where the next normalisation's outputs are, before its rectifier: a group itself ends with a sum."""
+        return {
+            "preactivation1": Tap("block2.layer.0.bn1"),
+            "preactivation2": Tap("block3.layer.0.bn1"),
+            "preactivation3": Tap("bn1"),
+        }
 
 
 def _group(in_channels: int, channels: int, num_blocks: int, *, stride: int) -> nn.Sequential:

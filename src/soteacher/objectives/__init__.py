@@ -14,34 +14,51 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 from soteacher.errors import InputError, unknown_name
 from soteacher.objective import Method, ObjectiveConfig
-from soteacher.objectives.cross_entropy import CrossEntropyConfig
-from soteacher.objectives.student import alone, kd
-from soteacher.objectives.teacher import soteacher, soteacher_released, standard
-from soteacher.objectives.teacher.consistency import ConsistencyConfig
-from soteacher.objectives.teacher.consistency_released import ConsistencyReleasedConfig
-from soteacher.objectives.teacher.lipschitz import LipschitzConfig
-from soteacher.objectives.teacher.weight_l1 import WeightL1Config
+from soteacher.objectives import cross_entropy
+from soteacher.objectives.student import alone, kd, kd_standardized
+from soteacher.objectives.teacher import (
+    consistency,
+    consistency_released,
+    lipschitz,
+    soteacher,
+    soteacher_released,
+    standard,
+    weight_l1,
+)
 
-OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
-    "cross_entropy": CrossEntropyConfig,
-    "lipschitz": LipschitzConfig,
-    "weight_l1": WeightL1Config,
-    "consistency": ConsistencyConfig,
-    "consistency_released": ConsistencyReleasedConfig,
-    "kd": kd.KDConfig,
-}
+MODULES: tuple[ModuleType, ...] = (
+    cross_entropy,
+    # teachers
+    standard, soteacher, soteacher_released, lipschitz, weight_l1, consistency, consistency_released,
+    # students: labels and logits
+    alone, kd, kd_standardized,
+)  # fmt: skip
+"""Every file of this package, in the order of lists: an objective, a method, or both, called as the file is."""
+
+
+def _own_objectives() -> dict[str, type[ObjectiveConfig]]:
+    """Return the settings class that each file defines, by the file's name."""
+    return {
+        _stem(module): value
+        for module in MODULES
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, ObjectiveConfig) and value.__module__ == module.__name__
+    }
+
+
+def _stem(module: ModuleType) -> str:
+    return module.__name__.rpartition(".")[2]
+
+
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = _own_objectives()
 
 METHODS: dict[str, Method] = {
-    "standard": standard.METHOD,
-    "soteacher": soteacher.METHOD,
-    "soteacher_released": soteacher_released.METHOD,
-    "alone": alone.METHOD,
-    "kd": kd.METHOD,
+    value.name: value for module in MODULES for value in vars(module).values() if isinstance(value, Method)
 }
 
 

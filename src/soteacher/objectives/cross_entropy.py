@@ -10,7 +10,7 @@ from torch import Tensor
 
 from soteacher.errors import InputError
 from soteacher.objective import Objective, ObjectiveConfig
-from soteacher.objectives.precision import at_least_float32
+from soteacher.precision import at_least_float32
 from soteacher.types import Step, Task
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from soteacher.files import write_text
 from soteacher.report.charts import Chart, accuracy_chart, cost_chart, learning_curves, reliability_chart
+from soteacher.report.published import published_numbers
 from soteacher.report.record import RunRecord, read_run
 from soteacher.report.tables import network_table, summary_sentence, summary_table, teacher_table
 
@@ -117,6 +118,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "teachers": teacher_table(record),
         "teacher_charts": curves["teacher"],
         "reliability_charts": [reliability_chart(place, arm, reliable[arm]) for place, arm in enumerate(reliable)],
+        "published": published_numbers(record),
         "cost_charts": [cost_chart(rows, earlier_states=earlier)] if timed else [],
         "networks": network_table(record),
         "style": resources.files("soteacher.report").joinpath("page.css").read_text(encoding="utf-8"),

@@ -119,6 +119,9 @@ class TrainingConfig(Settings):
     """Whether images and weights lie in memory with the channels last."""
     compile: bool = False
     """Whether the networks go through ``torch.compile``; needs a C++ compiler and pays back in long runs."""
+    preparation_epochs: Point = 30 / 240
+    """Length of the stage before the training, for methods that have one: a share of ``epochs`` (below 1), or epochs.
+    It goes at the highest learning rate throughout."""
     save_every: int | None = Field(default=None, ge=1)
     """Keep the weights of every so-manyth epoch, so that an earlier network can be the teacher."""
 
@@ -133,8 +136,18 @@ class TrainingConfig(Settings):
                     value[key] = {"name": name, **value[key]}
         return value
 
+    def preparation(self) -> TrainingConfig:
+        """Return how the stage before the training is run."""
+        epochs = epochs_at(self.preparation_epochs, self.epochs)
+        changes = {"epochs": epochs, "schedule": ConstantConfig(name="constant"), "save_every": None}
+        return self.model_copy(update=changes)
+
     @model_validator(mode="after")
     def _points_lie_in_the_run(self) -> TrainingConfig:
+        try:
+            epochs_at(self.preparation_epochs, self.epochs)
+        except InputError as error:
+            raise InputError(f"preparation_epochs: {error}") from None
         if isinstance(self.schedule, MultiStepConfig):
             try:
                 milestones = [epochs_at(point, self.epochs) for point in self.schedule.milestones]

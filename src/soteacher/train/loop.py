@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -23,9 +23,9 @@ from soteacher.objective import Term, weighted_losses
 from soteacher.randomness import derive_seed
 from soteacher.train.checkpoint import Checkpoint, Position
 from soteacher.train.config import TrainingConfig
-from soteacher.train.optimizer import learning_rate
+from soteacher.train.optimizer import Backward, backward_sum, learning_rate
 from soteacher.train.teacher_signal import TeacherSignal
-from soteacher.types import Batch, DistillStep, Outputs, Step
+from soteacher.types import Batch, DistillStep, NetworkParts, Outputs, Step
 
 CHECK_EVERY = 50
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -60,6 +60,10 @@ class Trainee:
     fabric: Fabric
     config: TrainingConfig
     seed: int
+    parts: NetworkParts | None = None
+    """Pieces of the network, for objectives that send features through them."""
+    backward: Backward = backward_sum
+    """How the losses of the terms become gradients."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,29 +79,46 @@ class StepReport:
     images_per_second: float
 
 
-def train_step(trainee: Trainee, batch: Batch, *, epoch: int, progress: float) -> tuple[Tensor, Tensor]:
+def train_step(trainee: Trainee, batch: Batch, *, epoch: int, progress: float, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Make one step; return each term's weighted loss ``[terms]`` and how many predictions were right, detached."""
-    images = batch.images
     if trainee.config.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-        batch = Batch(images=images, labels=batch.labels, indices=batch.indices)
-    logits, features = trainee.forward(images)
-    facts: dict[str, Any] = {
-        "images": images, "labels": batch.labels, "indices": batch.indices,
-        "outputs": Outputs(logits=logits, features=features), "model": trainee.network,
-        "epoch": epoch, "num_epochs": trainee.config.epochs, "progress": progress,
-    }  # fmt: skip
-    step = Step(**facts) if trainee.teacher is None else DistillStep(**facts, teacher=trainee.teacher(batch))
+        batch = _channels_last(batch)
+    step = _step(trainee, batch, epoch=epoch, progress=progress, seed=seed)
     losses = weighted_losses(trainee.terms, step)
     trainee.optimizer.zero_grad(set_to_none=True)
-    trainee.fabric.backward(losses.sum())
+    trainee.backward(losses, trainee.terms, trainee.optimizer.optimizer, trainee.fabric.backward)
     if trainee.config.gradient_clip is not None:
         parameters = [p for group in trainee.optimizer.param_groups for p in group["params"] if p.grad is not None]
         nn.utils.clip_grad_norm_(parameters, trainee.config.gradient_clip)
     trainee.optimizer.step()
     for term in trainee.terms:
         term.objective.update(step)
-    return losses.detach(), (logits.detach().argmax(dim=-1) == batch.labels).sum()
+    return losses.detach(), (step.outputs.logits.detach().argmax(dim=-1) == batch.labels).sum()
+
+
+def _step(trainee: Trainee, batch: Batch, *, epoch: int, progress: float, seed: int) -> Step:
+    """Run the network, and the teacher if there is one, on all views of a batch."""
+    facts: dict[str, Any] = {
+        "images": batch.images, "labels": batch.labels, "indices": batch.indices,
+        "outputs": _outputs(trainee, batch.images), "model": trainee.network, "parts": trainee.parts,
+        "views": {view: _outputs(trainee, images) for view, images in batch.views.items()},
+        "epoch": epoch, "num_epochs": trainee.config.epochs, "progress": progress, "seed": seed,
+    }  # fmt: skip
+    teacher = trainee.teacher
+    if teacher is None:
+        return Step(**facts)
+    facts["teacher_views"] = {view: teacher(batch, view) for view in batch.views}
+    return DistillStep(**facts, teacher=teacher(batch), teacher_parts=teacher.parts)
+
+
+def _outputs(trainee: Trainee, images: Tensor) -> Outputs:
+    logits, features = trainee.forward(images)
+    return Outputs(logits=logits, features=features)
+
+
+def _channels_last(batch: Batch) -> Batch:
+    views = {view: images.contiguous(memory_format=torch.channels_last) for view, images in batch.views.items()}
+    return replace(batch, images=batch.images.contiguous(memory_format=torch.channels_last), views=views)
 
 
 def fit(
@@ -162,12 +183,13 @@ def _train_epoch(
     trainee.forward.train()
     for step, batch in enumerate(batches.epoch(epoch, start=position.step), start=position.step):
         # Dropout and whatever else draws by itself: a function of the place, like all randomness here.
-        torch.manual_seed(derive_seed(trainee.seed, "step", epoch, step))
+        seed = derive_seed(trainee.seed, "step", epoch, step)
+        torch.manual_seed(seed)
         rate = learning_rate(config, epoch=epoch, step=step, steps_per_epoch=steps)
         for group in trainee.optimizer.param_groups:
             group["lr"] = rate
         progress = (epoch + step / steps) / config.epochs
-        losses, right = train_step(trainee, batch, epoch=epoch, progress=progress)
+        losses, right = train_step(trainee, batch, epoch=epoch, progress=progress, seed=seed)
         size = torch.tensor([len(batch.labels)], device=losses.device)
         pending.append(torch.cat([losses.double() * size, right.double().reshape(1), size.double()]))
         stopping, waited = should_stop(), time.perf_counter() - looked

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from soteacher.objective import Term
 from soteacher.train.config import AdamWConfig, CosineConfig, MultiStepConfig, SGDConfig, TrainingConfig, epochs_at
+
+Backward = Callable[[Tensor, Sequence[Term[Any]], torch.optim.Optimizer, Callable[[Tensor], None]], None]
+"""``(losses [terms], terms, optimiser, backward)``: puts the gradients where the optimiser looks for them."""
+
+
+def backward_sum(
+    losses: Tensor, terms: Sequence[Term[Any]], optimizer: torch.optim.Optimizer, backward: Callable[..., None]
+) -> None:
+    """Take the gradient of the sum of all terms, as every optimiser of one gradient wants it."""
+    del terms, optimizer
+    backward(losses.sum())
 
 
 def build_optimizer(config: SGDConfig | AdamWConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -7,26 +7,32 @@ from typing import Any, Protocol
 
 import torch
 
-from soteacher.types import Batch, Outputs
+from soteacher.types import Batch, NetworkParts, Outputs, View
 
 
 class TeacherSignal(Protocol):
     """What the teacher says to a batch. A live network and stored answers are interchangeable."""
 
-    def __call__(self, batch: Batch) -> Outputs:
-        """Return the teacher's outputs for the batch, without gradients."""
+    @property
+    def parts(self) -> NetworkParts | None:
+        """Pieces of the teacher's network; ``None`` where only its answers are there."""
+        ...
+
+    def __call__(self, batch: Batch, view: View | None = None) -> Outputs:
+        """Return the teacher's outputs for the batch's images or for one of its further views, without gradients."""
         ...
 
 
 class LiveTeacher:
     """A frozen network in evaluation mode that sees the images the student sees."""
 
-    def __init__(self, forward: Callable[[torch.Tensor], Any]) -> None:
+    def __init__(self, forward: Callable[[torch.Tensor], Any], parts: NetworkParts | None = None) -> None:
         """``forward`` maps images to ``(logits, features)``; the caller has frozen the network."""
         self._forward = forward
+        self.parts = parts
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Outputs:
-        """Run the network on the batch's images."""
-        logits, features = self._forward(batch.images)
+    def __call__(self, batch: Batch, view: View | None = None) -> Outputs:
+        """Run the network on the images."""
+        logits, features = self._forward(batch.images if view is None else batch.views[view])
         return Outputs(logits=logits, features=features)

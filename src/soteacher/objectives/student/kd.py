@@ -11,7 +11,7 @@ from torch import Tensor
 
 from soteacher.errors import InputError
 from soteacher.objective import Method, Objective, ObjectiveConfig
-from soteacher.objectives.precision import at_least_float32
+from soteacher.precision import at_least_float32
 from soteacher.types import DistillStep, Task
 
 
@@ -50,6 +50,7 @@ class KDConfig(ObjectiveConfig):
     """Settings of :class:`KD`."""
 
     needs_teacher: ClassVar[bool] = True
+    standardizable: ClassVar[bool] = True
     temperature: float = Field(default=4.0, gt=0)
     """Softening of both distributions, dimensionless."""
 

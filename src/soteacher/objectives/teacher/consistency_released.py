@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from soteacher.objective import Objective, ObjectiveConfig, Ramp
-from soteacher.objectives.precision import at_least_float32
 from soteacher.objectives.teacher.consistency import running_mean, squared_distance
+from soteacher.precision import at_least_float32
 from soteacher.types import Step, Task
 
 

@@ -9,13 +9,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from soteacher.objective import Objective, ObjectiveConfig
-from soteacher.objectives.precision import at_least_float32
 from soteacher.objectives.teacher.lipschitz import (
     CONVOLUTIONS,
     TRANSPOSED_CONVOLUTIONS,
     induced_norm,
     normed_layers,
 )
+from soteacher.precision import at_least_float32
 from soteacher.types import Step, Task
 
 

@@ -3,8 +3,8 @@ import importlib
 import pytest
 import torch
 
-from soteacher.models import torchvision_operators
-from soteacher.models.torchvision_operators import define_missing_operators
+from soteacher import torchvision_operators
+from soteacher.torchvision_operators import define_missing_operators
 
 
 def test_torchvision_can_be_imported_afterwards():

@@ -1,0 +1,34 @@
+"""What may be done to logits before any loss sees them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from soteacher.precision import at_least_float32
+
+EPSILON = 1e-7
+
+
+def standardized_logits(logits: Tensor) -> Tensor:
+    r"""Return logits with mean 0 and standard deviation 1 in each example.
+
+    .. math:: (z - \bar z) / (s + \epsilon), \quad s^2 = \tfrac{1}{K - 1} \sum_k (z_k - \bar z)^2, \epsilon = 10^{-7}
+
+    The student then has to match the order and the relations of the teacher's logits, not their size.
+
+    Args:
+        logits: ``[..., K]``, K at least 2; gradients flow.
+
+    Returns:
+        ``[..., K]`` float32 (float64 from float64); invariant to a shift and to a positive factor of the logits. Zeros,
+        with gradient 0, where all logits of an example are equal.
+
+    Source: Sun et al., CVPR 2024, arXiv:2403.01427, section 4, without the temperature, which the loss has itself.
+    """
+    logits = at_least_float32(logits)
+    centred = logits - logits.mean(dim=-1, keepdim=True)
+    # The square root of 0 has no gradient: such rows are divided by 1 instead, and stay 0.
+    variance = centred.square().sum(dim=-1, keepdim=True) / (logits.shape[-1] - 1)
+    constant = variance == 0
+    deviation = variance.where(~constant, 1.0).sqrt().where(~constant, 0.0) + EPSILON
+    return centred / deviation.where(~constant, 1.0)
