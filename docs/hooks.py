@@ -6,12 +6,15 @@ them.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import types
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import torch
 import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -22,8 +25,13 @@ from soteacher import functional
 from soteacher.cli import app
 from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher
 from soteacher.data import SOURCES, AugmentConfig, SourceConfig
+from soteacher.errors import InputError
 from soteacher.method_pages import describe_method, inline_markdown
-from soteacher.objective import ObjectiveConfig
+from soteacher.models.classifier import Classifier
+from soteacher.models.inspection import inspect_network
+from soteacher.models.takeover import take_over_classifier
+from soteacher.models.zoo import build_network
+from soteacher.objective import Method, ObjectiveConfig
 from soteacher.objectives import METHODS, OBJECTIVES
 from soteacher.recipes import recipe_names, recipe_text
 from soteacher.settings import Settings
@@ -35,6 +43,7 @@ from soteacher.train.config import (
     SGDConfig,
     TrainingConfig,
 )
+from soteacher.types import Task
 
 Command = Any  # typer carries click's classes inside it in some releases and takes them from click in others
 
@@ -101,16 +110,67 @@ def functions() -> str:
     )
 
 
+KINDS: dict[str, tuple[str, str]] = {
+    "CNNs of equal widths": ("wrn_16_1", "wrn_10_1"),
+    "CNNs of two families": ("vgg8", "mobilenet_v2"),
+    "ViT to CNN": ("timm/test_vit", "resnet8"),
+    "CNN to ViT": ("resnet8", "timm/test_vit"),
+}
+"""Teacher and student that stand for each kind of pair."""
+
+
+@cache
+def kinds() -> dict[str, tuple[Classifier, Classifier]]:
+    """Return untrained networks of each kind of pair: teacher and student."""
+    return {kind: (_classifier(teacher), _classifier(student)) for kind, (teacher, student) in KINDS.items()}
+
+
+def _classifier(name: str) -> Classifier:
+    network = build_network(name, num_classes=10)
+    size = 160 if name.startswith("timm/") else None
+    return Classifier(network, mean=(0.5,) * 3, std=(0.5,) * 3, input_size=size).eval()
+
+
+def works(method: Method, teacher: Classifier, student: Classifier) -> bool:
+    """Return whether a distillation method can be built on a pair, by building it."""
+    images = torch.rand(2, 3, 32, 32)
+    student = copy.deepcopy(student)
+    try:
+        for term, settings in method.terms.items():
+            config = OBJECTIVES[term].model_validate(settings)
+            if (reuse := config.reuse()) is not None:
+                take_over_classifier(student, teacher, images, reduction=reuse.reduction, names=("student", "teacher"))
+            facts = [inspect_network(network, images, name="a network") for network in (student, teacher)]
+            labels = torch.arange(20) % 10
+            config.build(Task(num_examples=20, num_classes=10, labels=labels, network=facts[0], teacher=facts[1]))
+    except InputError:
+        return False
+    return True
+
+
 def methods_page() -> str:
-    """Return the table of all methods."""
+    """Return the table of all methods, and that of the pairs on which those for students work."""
     lines = [
         "# Methods", "",
         "A method is a named training loss: terms with their settings. `soteacher methods list` prints this table and "
-        "`soteacher methods show kd` a method's page. [Adding one](../guide/adding-a-method.md) takes one file.", "",
-        "| method | for | what it does | source |", "|---|---|---|---|",
+        "`soteacher methods show kd` a method's page. How students' methods are used: "
+        "[Distillation methods](../guide/distillation.md). [Adding one](../guide/adding-a-method.md) takes one file.",
+        "",
+        "| method | for | venue | what it does |", "|---|---|---|---|",
     ]  # fmt: skip
     for name, method in METHODS.items():
-        lines.append(f"| [{name}]({name}.md) | {method.role} | {method.title}. | {method.source} |")
+        lines.append(f"| [{name}]({name}.md) | {method.role} | {method.venue or '-'} | {method.title}. |")
+    lines += [
+        "", "## Which method works between which networks", "",
+        "Found by building each on a teacher and a student of the kind with the method's own taps: "
+        + "; ".join(f"{kind}: {teacher} to {student}" for kind, (teacher, student) in KINDS.items())
+        + ". Where it says no, the study ends in one line that says why and what can be done.",
+        "", f"| method | {' | '.join(KINDS)} |", f"|---{'|---' * len(KINDS)}|",
+    ]  # fmt: skip
+    for name, method in METHODS.items():
+        if any(OBJECTIVES[term].needs_teacher for term in method.terms):
+            answers = ("yes" if works(method, *pair) else "no" for pair in kinds().values())
+            lines.append(f"| [{name}]({name}.md) | {' | '.join(answers)} |")
     return "\n".join(lines) + "\n"
 
 

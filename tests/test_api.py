@@ -14,6 +14,7 @@ from torch import nn
 
 import soteacher
 from soteacher.errors import InputError
+from soteacher.recipes import read_study
 
 pytestmark = pytest.mark.usefixtures("one_core", "no_report")
 
@@ -70,8 +71,9 @@ def test_teach_and_distill_with_networks_by_name(tmp_path: Path, data: dict[str,
     assert soteacher.load(tmp_path / "student/students/teacher-kd/seed1")(torch.rand(2, 1, 12, 12)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("method", ["kd", "simkd"])
 def test_teach_distill_evaluate_and_export_networks_of_ones_own(
-    tmp_path: Path, data: dict[str, Any], tiny_network: type[nn.Module]
+    method: str, tmp_path: Path, data: dict[str, Any], tiny_network: type[nn.Module]
 ) -> None:
     module = tiny_network(3, 1)
     before = copy.deepcopy(module.state_dict())
@@ -79,7 +81,7 @@ def test_teach_distill_evaluate_and_export_networks_of_ones_own(
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     results = soteacher.distill(
         tmp_path / "teacher", tiny_network, data, tmp_path / "student", teacher_model=tiny_network, training=TRAINING,
-        settings=["logging=[]"],
+        method=method, settings=["logging=[]"],
     )  # fmt: skip
     accuracy = {row["role"]: row["accuracy_last"] for row in results["rows"]}
     for run, model in (("teacher", module), ("student", tiny_network)):
@@ -92,8 +94,8 @@ def test_teach_distill_evaluate_and_export_networks_of_ones_own(
         assert classifier(torch.rand(2, 1, 12, 12)).shape == (2, 3)
     # The student becomes a teacher in its turn.
     chained = soteacher.distill(
-        tmp_path / "student/students/teacher-kd/seed0", "resnet8", data, tmp_path / "third", teacher_model=tiny_network,
-        training=TRAINING, settings=["logging=[]"],
+        tmp_path / f"student/students/teacher-{method}/seed0", "resnet8", data, tmp_path / "third",
+        teacher_model=tiny_network, training=TRAINING, settings=["logging=[]"],
     )  # fmt: skip
     assert chained["rows"][0]["accuracy_last"] == accuracy["student"]
     difference = soteacher.export(tmp_path / "student", data, tmp_path / "out", form="safetensors", model=tiny_network)
@@ -129,9 +131,27 @@ def test_run_tells_of_every_network(tmp_path: Path, tiny_tree: Callable[..., dic
     assert all(names == ["step", "epoch", "finished"] for names in events.values())
 
 
+def test_run_takes_a_method_and_a_pair_of_networks(
+    tmp_path: Path, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    monkeypatch.setattr("soteacher.api.run_study", lambda config, *_, **__: started.append(config) or {})
+    soteacher.run(
+        "kd_standardized", tmp_path / "run", pair="vgg13-vgg8", settings=[f"data={{source: npz, path: {tiny_data}}}"]
+    )
+    (config,) = started
+    assert config == read_study("kd_standardized", [f"data={{source: npz, path: {tiny_data}}}"], "vgg13-vgg8")
+    assert config.students["kd_standardized"].model == "vgg8"
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (
+            lambda _, out: soteacher.run("kd", out, pair="vgg13-vg8"),
+            "unknown pair 'vgg13-vg8'; did you mean vgg13-vgg8",
+        ),
+        (lambda _, out: soteacher.run("quickstart", out, pair="vgg13-vgg8"), "quickstart is a whole study"),
         (lambda data, out: soteacher.teach("resnet8", data, out, method="kd"), "kd is a method for a student"),
         (lambda data, out: soteacher.teach("resnet8", data, out, method="standart"), "did you mean standard"),
         (lambda _, out: soteacher.teach("resnet8", "cifar", out), "unknown source 'cifar'; did you mean cifar10"),

@@ -19,7 +19,7 @@ import yaml
 from soteacher import cli, studies
 from soteacher.errors import InterruptedRunError, WorkerDiedError
 from soteacher.pool import available_cores
-from soteacher.recipes import read_study, recipe_names, recipe_text
+from soteacher.recipes import method_recipe_names, pair_names, read_study, recipe_names, recipe_text
 
 Answer = tuple[int, str, str]
 
@@ -97,6 +97,9 @@ def test_words_that_are_no_command_line_end_in_one_line(
     ("words", "message"),
     [
         (("run", "quickstrat"), "unknown recipe 'quickstrat'; did you mean quickstart?"),
+        (("run", "quickstart", "--pair", "vgg13-vgg8"), "quickstart is a whole study with networks of its own"),
+        (("run", "kd", "--pair", "vgg13-vgg9"), "unknown pair 'vgg13-vgg9'; did you mean vgg13-vgg8"),
+        (("run", "fsp", "--pair", "resnet50-vgg8"), "fsp does not suit the pair resnet50-vgg8: "),
         (("run", "nowhere.yaml"), "nowhere.yaml: no readable study: No such file or directory"),
         (("run", "quickstart", "--set", "epochs"), "--set wants path.to.field=value, got 'epochs'"),
         (("run", "quickstart", "--set", "training.epoch=1"), "unknown key 'epoch'; did you mean epochs"),
@@ -228,8 +231,8 @@ def test_a_study_from_its_start_to_its_page(soteacher, tmp_path: Path, study, ti
 
 def test_lists_name_what_there_is(soteacher) -> None:
     for words, names in {
-        ("recipes", "list"): recipe_names(),
-        ("methods", "list"): ("soteacher (teacher)", "kd (student)"),
+        ("recipes", "list"): (*recipe_names(), *method_recipe_names(), *pair_names()),
+        ("methods", "list"): ("soteacher", "teacher  ICLR 2024", "dkd ", "student  CVPR 2022"),
         ("data", "list"): ("cifar100", "folder", "npz"),
         ("models",): ("resnet8x4", "wrn_16_2", "timm/NAME"),
     }.items():
@@ -242,6 +245,10 @@ def test_lists_name_what_there_is(soteacher) -> None:
 
 def test_what_is_shown_is_what_is_run(soteacher) -> None:
     assert soteacher("recipes", "show", "quickstart") == (0, recipe_text("quickstart"), "")
+    shown = recipe_text("kd_standardized", "vgg13-vgg8")
+    assert soteacher("recipes", "show", "kd_standardized", "--pair", "vgg13-vgg8") == (0, shown, "")
+    answer = soteacher("recipes", "show", "kd", "--pair", "vgg13-vgg")
+    assert _is_refusal(answer, "unknown pair 'vgg13-vgg'; did you mean vgg13-vgg8"), answer
     status, out, _ = soteacher("methods", "show", "soteacher")
     assert (status, out.startswith("# soteacher\n")) == (0, True)
     assert _is_refusal(soteacher("recipes", "show", "quick"), "unknown recipe 'quick'; did you mean quickstart?")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from soteacher import environment as module
-from soteacher.environment import environment
+from soteacher.environment import PeakMemory, environment
 
 
 def test_the_environment_names_what_numbers_depend_on() -> None:
@@ -39,3 +39,51 @@ def test_the_commit_is_that_of_the_sources_and_shows_changes(tmp_path: Path, mon
     assert environment("cpu", 1)["commit"] == _git(tmp_path, "rev-parse", "HEAD")
     source.write_text("two")
     assert environment("cpu", 1)["commit"] == _git(tmp_path, "rev-parse", "HEAD") + "+"
+
+
+LINUX = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak")
+MEGABYTE = 2**20
+
+
+@LINUX
+def test_the_peak_of_memory_is_what_was_needed_for_a_while() -> None:
+    memory = PeakMemory("cpu")
+    block = torch.ones(64 * MEGABYTE // 4)
+    del block
+    peak = memory.bytes()
+    assert peak is not None
+    assert 60 * MEGABYTE < peak < 128 * MEGABYTE
+
+
+@LINUX
+def test_what_was_needed_before_does_not_count() -> None:
+    before = PeakMemory("cpu")
+    block = torch.ones(64 * MEGABYTE // 4)
+    kept = PeakMemory("cpu")  # the block is there, and no more is needed from now on
+    assert block.sum() > 0
+    del block
+    after = PeakMemory("cpu")
+    for memory in (kept, after):
+        peak = memory.bytes()
+        assert peak is not None
+        assert 0 <= peak < 30 * MEGABYTE
+    assert before.bytes() is not None
+
+
+def test_a_system_that_does_not_tell_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert PeakMemory("cpu").bytes() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_peak_on_a_gpu_is_what_was_allocated() -> None:
+    memory = PeakMemory("cuda")
+    block = torch.ones(64 * MEGABYTE // 4, device="cuda")
+    del block
+    peak = memory.bytes()
+    assert peak is not None
+    assert 64 * MEGABYTE <= peak < 66 * MEGABYTE

@@ -55,6 +55,8 @@ for line in sys.stdin:
             break
         answer(event="done", time=time.monotonic())
     busy = False
+    if asked:
+        break
 """
 
 

@@ -74,7 +74,7 @@ def test_published_protocols_follow_their_sources() -> None:
     [
         (("resnet110", "resnet32"), "kd", [(0.7308, 240, "last")]),
         (("wrn_40_2", "shufflenet_v1"), "crd", [(0.7605, 240, "last")]),
-        (("vgg13", "vgg8"), "dot_kd", [(0.7377, 240, "best")]),
+        (("vgg13", "vgg8"), "dot", [(0.7377, 240, "best")]),
         (("resnet32x4", "wrn_40_2"), "mlkd_standardized", [(0.7966, 480, "best")]),
         (("resnet32x4", "resnet8x4"), "wkd", [(0.7728, None, "unknown")]),
         (("resnet50", "mobilenet_v2"), "sdd_dkd", [(0.7136, None, "unknown")]),

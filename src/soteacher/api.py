@@ -16,7 +16,7 @@ from soteacher.data import SOURCES, DataSet, load_data
 from soteacher.deployment import Format, export_classifier
 from soteacher.errors import InputError
 from soteacher.jobs import NetworkFactory, OnEvent, Study, evaluation_batches, find_network, load_teacher_file
-from soteacher.models.classifier import Classifier, NetworkSpec
+from soteacher.models.classifier import Classifier, NetworkSpec, classifier_of
 from soteacher.models.weights import FACTS_FILE, load_classifier, load_weights, read_facts, read_weights
 from soteacher.objectives import method as method_named
 from soteacher.objectives import objective_config
@@ -38,6 +38,7 @@ def run(
     study: str | Path | dict[str, Any],
     out: str | Path,
     *,
+    pair: str | None = None,
     settings: Iterable[str] = (),
     data_root: str | Path | None = None,
     device: str = "auto",
@@ -52,6 +53,7 @@ def run(
     Args:
         study: a recipe's name, a YAML file, or a tree of settings.
         out: the run's folder.
+        pair: teacher and student, such as ``vgg13-vgg8``, where the recipe is a method's.
         settings: ``path.to.field=value``, laid over the study.
         networks: networks of your own, by the names that the study's ``model`` fields use.
         data_root: where data sets lie.
@@ -67,7 +69,7 @@ def run(
     Raises:
         InputError: something in the settings, the data or the folder cannot be used.
     """
-    config = read_study(study, settings)
+    config = read_study(study, settings, pair)
     _check_modules(config, networks or {})
     return run_study(
         config, Path(out), data_root=Path(data_root) if data_root else None, device=device,
@@ -165,9 +167,9 @@ def load(path: str | Path, *, model: nn.Module | NetworkFactory | None = None) -
     if model is None:
         return load_classifier(weights)[0]
     spec = read_facts(weights)[0]
-    network = _factory(model)(spec.num_classes, spec.in_channels)
-    load_weights(network, read_weights(weights), source=str(weights))
-    return Classifier(network, mean=spec.mean, std=spec.std, input_size=spec.input_size).eval()
+    classifier = classifier_of(_factory(model)(spec.num_classes, spec.in_channels), spec)
+    load_weights(classifier.network, read_weights(weights), source=str(weights))
+    return classifier.eval()
 
 
 def evaluate(

@@ -13,7 +13,8 @@ from soteacher.errors import InputError
 from soteacher.jobs import Study, new_classifier
 from soteacher.models.classifier import Classifier, NetworkSpec
 from soteacher.models.inspection import inspect_network
-from soteacher.objective import ObjectiveConfig, Stage, Term
+from soteacher.models.takeover import take_over_classifier
+from soteacher.objective import ObjectiveConfig, ReusedClassifier, Stage, Term
 from soteacher.randomness import derive_seed
 from soteacher.types import NetworkFacts, Task, View
 
@@ -33,9 +34,23 @@ class Assembled:
         """Return the terms of one stage."""
         return tuple(self.terms[name] for name, config in self.configs.items() if config.stage == stage)
 
-    def views(self) -> tuple[View, ...]:
-        """Return the further views of each image that any term reads."""
-        return tuple(sorted({view for term in self.terms.values() for view in term.objective.views}))
+    def reads_teacher(self, stage: Stage) -> bool:
+        """Return whether any term of a stage reads the teacher."""
+        return any(config.needs_teacher for config in self.configs.values() if config.stage == stage)
+
+    def views(self, stage: Stage) -> tuple[View, ...]:
+        """Return the further views of each image that any term of a stage reads."""
+        return tuple(sorted({view for term in self.stage(stage) for view in term.objective.views}))
+
+    def start_training(self) -> None:
+        """Hand what the preparation has made over to the objectives of the training.
+
+        Raises:
+            InputError: an objective misses a preparation.
+        """
+        prepared = {term.objective.name: term.objective for term in self.stage("preparation")}
+        for term in self.stage("training"):
+            term.objective.start(prepared)
 
     def extra_parameters(self) -> int:
         """Return how many trained numbers the terms have of their own: they are gone when the network is."""
@@ -63,12 +78,16 @@ def assemble(
     Raises:
         InputError: a network cannot take the data, or an objective cannot work with the networks.
     """
+    configs, names = terms_of(spec), (f"{role} {spec.model}", teacher_name)
+    reuse = _reuse(configs)
     torch.manual_seed(derive_seed(seed, role, "weights"))
     classifier, network = new_classifier(study, spec.model, pretrained=spec.pretrained)
-    configs = terms_of(spec)
-    facts = {"network": look_at(study, classifier, f"{role} {spec.model}")}
+    facts = {"network": look_at(study, classifier, names[0])}
     if teacher is not None:
         facts["teacher"] = look_at(study, teacher, teacher_name)
+        if reuse is not None:  # its weights are drawn after the network's: those are the same as in the other arms
+            network = _with_taken_classifier(study, classifier, network, teacher, reuse, names)
+            facts["network"] = look_at(study, classifier, names[0])
     data = study.data
     task = Task(num_examples=data.train.num_examples, num_classes=data.num_classes, labels=data.train.labels, **facts)
     torch.manual_seed(derive_seed(seed, role, "objectives"))
@@ -81,15 +100,44 @@ def assemble(
     return Assembled(classifier=classifier, network=network, terms=terms, configs=configs)
 
 
+def _reuse(configs: Mapping[str, ObjectiveConfig]) -> tuple[str, ReusedClassifier] | None:
+    """Return how the network takes over the teacher's classifier, with the term that wants it.
+
+    Raises:
+        InputError: more than one term wants it.
+    """
+    wanted = [(name, reuse) for name, config in configs.items() if (reuse := config.reuse()) is not None]
+    if len(wanted) > 1:
+        names = " and ".join(name for name, _ in wanted)
+        raise InputError(f"the terms {names} each put the teacher's classifier into the student; leave one of them")
+    return wanted[0] if wanted else None
+
+
+def _with_taken_classifier(
+    study: Study,
+    classifier: Classifier,
+    network: NetworkSpec,
+    teacher: Classifier,
+    reuse: tuple[str, ReusedClassifier],
+    names: tuple[str, str],
+) -> NetworkSpec:
+    """Let a network end in its teacher's classifier, and return what builds it again."""
+    term, how = reuse
+    images = _examples(study, classifier)
+    try:
+        reused = take_over_classifier(classifier, teacher, images, reduction=how.reduction, names=names)
+    except InputError as error:
+        raise InputError(f"{term}: {error}") from None
+    return network.model_copy(update={"reused": reused})
+
+
 def look_at(study: Study, classifier: Classifier, name: str) -> NetworkFacts:
     """Return the shapes of a network's features for the study's images.
 
     Raises:
         InputError: the network cannot take them, or gives another number of logits than there are classes.
     """
-    data = study.data
-    device = classifier.mean.device
-    images = torch.full((2, data.in_channels, data.image_size, data.image_size), 0.5, device=device)
+    data, images = study.data, _examples(study, classifier)
     try:
         facts = inspect_network(classifier, images, name=name)
     except InputError:
@@ -99,3 +147,10 @@ def look_at(study: Study, classifier: Classifier, name: str) -> NetworkFacts:
     if facts.num_logits != data.num_classes:
         raise InputError(f"{name} gives {facts.num_logits} logits for {data.num_classes} classes")
     return facts
+
+
+def _examples(study: Study, classifier: Classifier) -> torch.Tensor:
+    """Return two images of the study's shape, on the network's device."""
+    data = study.data
+    shape = (2, data.in_channels, data.image_size, data.image_size)
+    return torch.full(shape, 0.5, device=classifier.mean.device)

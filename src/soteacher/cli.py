@@ -6,7 +6,7 @@ Nothing heavy is imported before a command is known, so that ``soteacher --help`
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -23,7 +23,9 @@ app = typer.Typer(
     help="Train teachers that teach: student-oriented teachers, knowledge distillation, honest statistics.",
     add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
 )  # fmt: skip
-recipes_app = typer.Typer(help="Whole studies by name.", invoke_without_command=True)
+recipes_app = typer.Typer(
+    help="Studies by name: whole ones, and methods on a pair of networks.", invoke_without_command=True
+)
 methods_app = typer.Typer(help="Teacher and distillation methods.", invoke_without_command=True)
 data_app = typer.Typer(help="Data sets.", invoke_without_command=True)
 app.add_typer(recipes_app, name="recipes")
@@ -47,6 +49,7 @@ class Form(str, Enum):
 
 
 Out = Annotated[Path, typer.Option("--out", help="The run's folder.")]
+Pair = Annotated[str | None, typer.Option("--pair", help="For a method's recipe: TEACHER-STUDENT, e.g. vgg13-vgg8.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change one setting, e.g. training.epochs=30.")
 ]
@@ -107,8 +110,9 @@ def start(
 
 @app.command()
 def run(
-    study: Annotated[str, typer.Argument(help="A recipe's name or a YAML file.")],
+    study: Annotated[str, typer.Argument(help="A recipe's name (a whole study, or a method) or a YAML file.")],
     out: Out,
+    pair: Pair = None,
     settings: Set = None,
     device: Where = Device.auto,
     resume: Resume = False,
@@ -120,7 +124,7 @@ def run(
 
     _study(
         out,
-        lambda **shared: api.run(study, out, settings=settings or (), **shared),
+        lambda **shared: api.run(study, out, pair=pair, settings=settings or (), **shared),
         device=device, resume=resume, workers=workers, data_root=data_root,
     )  # fmt: skip
 
@@ -242,18 +246,19 @@ def recipes(context: typer.Context) -> None:
 
 @recipes_app.command("list")
 def list_recipes() -> None:
-    """List the recipes."""
-    from soteacher.recipes import recipe_description, recipe_names
+    """List the recipes: whole studies, then methods with their published settings, then their pairs of networks."""
+    from soteacher.recipes import method_recipe_names, pair_names, recipe_description, recipe_names
 
-    _list([(name, recipe_description(name)) for name in recipe_names()])
+    _list([(name, recipe_description(name)) for name in (*recipe_names(), *method_recipe_names())])
+    typer.echo(f"--pair, for a method: {', '.join(pair_names())}")
 
 
 @recipes_app.command("show")
-def show_recipe(name: Annotated[str, typer.Argument(help="The recipe's name.")]) -> None:
-    """Print a recipe, to be edited and run as a file."""
+def show_recipe(name: Annotated[str, typer.Argument(help="The recipe's name.")], pair: Pair = None) -> None:
+    """Print a recipe's study, to be edited and run as a file."""
     from soteacher.recipes import recipe_text
 
-    typer.echo(recipe_text(name), nl=False)
+    typer.echo(recipe_text(name, pair), nl=False)
 
 
 @methods_app.callback()
@@ -268,7 +273,7 @@ def list_methods() -> None:
     """List the methods."""
     from soteacher.objectives import methods
 
-    _list([(f"{method.name} ({method.role})", f"{method.title}. {method.source}") for method in methods().values()])
+    _list([(method.name, method.role, method.venue or "-", method.title) for method in methods().values()])
 
 
 @methods_app.command("show")
@@ -340,7 +345,9 @@ def _training(epochs: int | None) -> dict[str, Any]:
     return {} if epochs is None else {"epochs": epochs}
 
 
-def _list(rows: list[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in rows)
-    for name, text in rows:
-        typer.echo(f"{name:<{width}}  {text}")
+def _list(rows: Sequence[tuple[str, ...]]) -> None:
+    """Print rows of words below one another."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        typer.echo("  ".join([*cells, row[-1]]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 import subprocess
 from pathlib import Path
@@ -54,33 +55,44 @@ def _commit() -> str | None:
     return answer.stdout.strip()
 
 
-def reset_peak_memory(device: str) -> None:
-    """Let :func:`peak_memory_bytes` count from now on, where the system allows it."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif _CLEAR.exists():
-        try:
-            _CLEAR.write_text("5")  # resets the high-water mark of the resident memory; see proc(5)
-        except OSError:
-            return
+class PeakMemory:
+    """The most memory in use from now on, beyond what is in use now."""
+
+    def __init__(self, device: str) -> None:
+        """``cuda`` counts what PyTorch has allocated there, ``cpu`` the resident memory of this process."""
+        self._device = device
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self._before: int | None = torch.cuda.memory_allocated()
+        else:
+            self._before = _resident_bytes("VmRSS") if _forget_high_water_mark() else None
+
+    def bytes(self) -> int | None:
+        """Return the bytes; ``None`` where the system does not tell."""
+        if self._before is None:
+            return None
+        peak = torch.cuda.max_memory_allocated() if self._device == "cuda" else _resident_bytes("VmHWM")
+        return None if peak is None else max(0, peak - self._before)
 
 
-def peak_memory_bytes(device: str) -> int | None:
-    """Return the most memory that was in use since the last reset.
+def _forget_high_water_mark() -> bool:
+    """Let Linux count the process's peak anew, and say whether it does.
 
-    Args:
-        device: ``cuda``: what PyTorch had allocated there; ``cpu``: the resident memory of the whole process.
-
-    Returns:
-        Bytes; ``None`` where the system does not say it.
+    Freed pages go back first: a process that keeps them for its next network would need nothing more for it.
     """
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    if _CLEAR.exists():
-        for line in _CLEAR.with_name("status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # see proc(5)
+    except OSError:
+        return False
+    return True
+
+
+def _resident_bytes(key: str) -> int | None:
+    """Return ``VmRSS``, what is resident, or ``VmHWM``, the most that was."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{key}:"):
+            return 1024 * int(line.split()[1])
     return None
-
-
-_CLEAR = Path("/proc/self/clear_refs")

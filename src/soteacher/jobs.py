@@ -14,7 +14,7 @@ from torch import nn
 from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher
 from soteacher.data import DataSet, EvaluationLoader, ImageSplit
 from soteacher.errors import InputError
-from soteacher.models.classifier import Classifier, NetworkSpec, build_classifier, network_spec
+from soteacher.models.classifier import Classifier, NetworkSpec, build_classifier, classifier_of, network_spec
 from soteacher.models.weights import FACTS_FILE, WEIGHTS_FILE, load_weights, read_facts, read_weights
 from soteacher.run_folder import network_folder
 from soteacher.settings import parse
@@ -190,7 +190,7 @@ def _classifier(study: Study, network: NetworkSpec, *, pretrained: bool = False)
     if network.model not in study.factories:
         return build_classifier(network, pretrained=pretrained)
     made = study.factories[network.model](network.num_classes, network.in_channels)
-    return Classifier(made, mean=network.mean, std=network.std, input_size=network.input_size)
+    return classifier_of(made, network)
 
 
 def _network_spec(study: Study, model: str, *, pretrained: bool) -> NetworkSpec:

@@ -27,8 +27,8 @@ def standardized_logits(logits: Tensor) -> Tensor:
     """
     logits = at_least_float32(logits)
     centred = logits - logits.mean(dim=-1, keepdim=True)
-    # The square root of 0 has no gradient: such rows are divided by 1 instead, and stay 0.
     variance = centred.square().sum(dim=-1, keepdim=True) / (logits.shape[-1] - 1)
-    constant = variance == 0
-    deviation = variance.where(~constant, 1.0).sqrt().where(~constant, 0.0) + EPSILON
-    return centred / deviation.where(~constant, 1.0)
+    # Rounding of the mean may leave equal logits a variance; and the square root of 0 has no gradient.
+    equal = (logits.amax(dim=-1, keepdim=True) == logits.amin(dim=-1, keepdim=True)) | (variance == 0)
+    deviation = variance.where(~equal, 1.0).sqrt() + EPSILON
+    return (centred / deviation).where(~equal, 0.0)

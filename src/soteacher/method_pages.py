@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 from soteacher.objective import Method, Objective, ObjectiveConfig
 from soteacher.objectives import method, objective_config
+from soteacher.objectives.features import FeatureConfig
+
+TAPS: dict[str, str] = {
+    "stages": "all stages, those of student and teacher paired from the deepest back",
+    "second_stage": "the student's `stage2` and the stage that stands beside it, counted from the deepest back",
+    "last_stage": "the last stage",
+    "preactivations": "all stages before their last rectifier, paired from the deepest back",
+    "maps": "`maps`, which the last pooling averages; of a network without them the last stage",
+    "pooled": "`pooled`, which the classifier takes in",
+}
+"""What ``FeatureConfig.default_taps`` means, in words."""
 
 
 def describe_method(name: str) -> str:
@@ -19,18 +30,51 @@ def describe_method(name: str) -> str:
     """
     found = method(name)
     configs = {term: objective_config(term)(**settings) for term, settings in found.terms.items()}
-    loss = " + ".join(f"{config.weight:g} `{term}`{_ramp(config)}" for term, config in configs.items())
+    venue = f", {found.venue}" if found.venue else ""
     lines = [
-        f"# {found.name}", "", f"{found.title}.", "", f"A {found.role}'s method. Source: {found.source}.", "",
-        f"Loss = {loss}", "", *_use(found), "",
+        f"# {found.name}", "", f"{found.title}.", "", f"A {found.role}'s method{venue}. Source: {found.source}.", "",
+        *_losses(configs), *_training(found), *_use(found), "",
     ]  # fmt: skip
+    if found.differs:
+        lines += ["## What we do differently", "", inline_markdown(found.differs), ""]
     for term, config in configs.items():
         lines += _describe_term(term, config, found.terms[term])
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _losses(configs: Mapping[str, ObjectiveConfig]) -> Iterator[str]:
+    """Yield the sum of each stage's terms."""
+    for stage, words in (
+        ("preparation", "Preparation, a stage of its own before the training: loss"),
+        ("training", "Loss"),
+    ):
+        terms = {name: config for name, config in configs.items() if config.stage == stage}
+        if terms:
+            yield f"{words} = " + " + ".join(
+                f"{config.weight:g} `{term}`{_ramp(config)}" for term, config in terms.items()
+            )
+            yield ""
+
+
+def _training(found: Method) -> Iterator[str]:
+    """Yield what the method changes in how the network is trained."""
+    if found.training:
+        changes = ", ".join(f"`{path}` {value:g}" for path, value in _flat(found.training))
+        yield from (f"Training differs: {changes}.", "")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(cast("Mapping[str, Any]", value), f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def _ramp(config: ObjectiveConfig) -> str:
-    return "" if config.ramp == "constant" else f" ({config.ramp} ramp)"
+    notes = [*([] if config.ramp == "constant" else [f"{config.ramp} ramp"])]
+    notes += ["standardised logits"] if config.standardize else []
+    return f" ({', '.join(notes)})" if notes else ""
 
 
 def _use(found: Method) -> list[str]:
@@ -46,7 +90,7 @@ def _describe_term(name: str, config: ObjectiveConfig, settings: dict[str, Any])
     own = [value for value in vars(inspect.getmodule(type(config))).values() if _is_public_of(module, value)]
     for value in own:
         if inspect.isclass(value) and issubclass(value, Objective):
-            yield from (markdown(inspect.getdoc(value) or ""), "")
+            yield from (markdown(inspect.getdoc(value) or ""), "", *_inputs(config, value))
     for value in own:
         if inspect.isfunction(value):
             yield from (f"### `{value.__name__}`", "", markdown(inspect.getdoc(value) or ""), "")
@@ -56,6 +100,15 @@ def _describe_term(name: str, config: ObjectiveConfig, settings: dict[str, Any])
         default = "(needed)" if field.is_required() else str(field.get_default(call_default_factory=True))
         rows.append((f"`{field_name}`", here, default, markdown(field.description or "").replace("|", r"\|")))
     yield from (*_table(rows), "")
+
+
+def _inputs(config: ObjectiveConfig, objective: type[Objective[Any]]) -> Iterator[str]:
+    """Yield what an objective reads besides logits and labels: features, further views."""
+    if isinstance(config, FeatureConfig):
+        yield from (f"Taps: {TAPS[config.default_taps]}. See [Networks and taps](../guide/networks.md).", "")
+    if objective.views:
+        names = ", ".join(f"`{view}`" for view in objective.views)
+        yield from (f"Further views of each image: {names}.", "")
 
 
 def _is_public_of(module: str, value: Any) -> bool:

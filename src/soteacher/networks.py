@@ -18,7 +18,7 @@ from torch import nn
 from soteacher.assembly import Assembled, assemble
 from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher
 from soteacher.data import TrainLoader
-from soteacher.environment import environment, peak_memory_bytes, reset_peak_memory
+from soteacher.environment import PeakMemory, environment
 from soteacher.errors import InputError
 from soteacher.files import read_json, write_tensors, write_text
 from soteacher.jobs import (
@@ -44,7 +44,7 @@ from soteacher.train.config import TrainingConfig, epochs_at
 from soteacher.train.evaluate import Evaluation, evaluate
 from soteacher.train.logs import open_loggers
 from soteacher.train.loop import StepReport, Trainee, fabric_for, fit
-from soteacher.train.optimizer import backward_sum, build_optimizer
+from soteacher.train.optimizer import backward_for, build_optimizer
 from soteacher.train.teacher_signal import LiveTeacher
 
 NO_COSTS: dict[str, Any] = dict.fromkeys(
@@ -87,13 +87,14 @@ def _train(
     resume = study.folder_of(job) / "resume"
     preparation = Checkpoint(resume / "preparation", fingerprint)
     checkpoint = Checkpoint(resume, fingerprint)
-    reset_peak_memory(study.device)
+    memory = PeakMemory(study.device)
     frozen = teacher[0] if teacher else None
     before = _prepare(
         study, job, made, frozen, training, preparation, on_event=on_event, should_stop=should_stop
     ) if made.stage("preparation") else []  # fmt: skip
-    trainee = _trainee(study, job, made, frozen, training, "training")
-    batches = _batches(study, job, made, training, "data")
+    made.start_training()
+    trainee = make_trainee(study, job, made, frozen, training, "training")
+    batches = _batches(study, job, made, training, "training")
     history = _fit(
         study, job, trainee, batches, made.classifier, checkpoint, on_event=on_event, should_stop=should_stop
     )
@@ -107,7 +108,7 @@ def _train(
         "preparation_seconds": sum(line["seconds"] for line in before),
         "seconds_per_step": sum(line["seconds"] for line in history) / (len(history) * batches.steps_per_epoch),
         "extra_parameters": made.extra_parameters(),
-        "peak_memory_bytes": peak_memory_bytes(study.device),
+        "peak_memory_bytes": memory.bytes(),
     }
     _finish(study, job, made.classifier, made.network, history, facts, costs)
     preparation.remove()
@@ -125,41 +126,37 @@ def _prepare(
     on_event: OnEvent,
     should_stop: Callable[[], bool],
 ) -> list[dict[str, Any]]:
-    """Run the stage before the training, or take up what it has left, and hand its objectives over.
+    """Run the stage before the training, or take up what it has left.
 
     A state that is finished stays until the network is: a resumed training begins from it again.
     """
     own = training.preparation()
     first = {name: tensor.clone() for name, tensor in made.classifier.state_dict().items()}
-    trainee = _trainee(study, job, made, teacher, own, "preparation")
-    lines: list[dict[str, Any]] = []
+    trainee = make_trainee(study, job, made, teacher, own, "preparation")
 
     def on_epoch(line: dict[str, Any]) -> None:
-        lines.append(line)
         on_event(job, {"event": "epoch", "stage": "preparation", "epochs": own.epochs, **line})
 
     def on_step(report: StepReport) -> None:
         on_event(job, {"event": "step", "stage": "preparation", "epochs": own.epochs, **asdict(report)})
 
     history = fit(
-        trainee, _batches(study, job, made, own, "preparation data"), measure=dict[str, float],
+        trainee, _batches(study, job, made, own, "preparation"), measure=dict[str, float],
         checkpoint=checkpoint, on_epoch=on_epoch, on_step=on_step, should_stop=should_stop,
     )  # fmt: skip
     _write_lines(study.folder_of(job) / "preparation.jsonl", history)
     if not any(term.objective.trains_network for term in trainee.terms):
         made.classifier.load_state_dict(first)  # batch normalisation has seen the batches; nothing else has changed
-    prepared = {term.objective.name: term.objective for term in trainee.terms}
-    for term in made.stage("training"):
-        term.objective.start(prepared)
     return history
 
 
-def _batches(study: Study, job: Job, made: Assembled, training: TrainingConfig, purpose: str) -> TrainLoader:
+def _batches(study: Study, job: Job, made: Assembled, training: TrainingConfig, stage: Stage) -> TrainLoader:
     """Return the training set of one stage of a network."""
+    purpose = "data" if stage == "training" else "preparation data"
     return TrainLoader(
         study.data.train, batch_size=training.batch_size, augment=study.config.data.augment,
         seed=derive_seed(job.seed, job.role, purpose), device=study.device, workers=torch.get_num_threads(),
-        views=made.views(),
+        views=made.views(stage),
     )  # fmt: skip
 
 
@@ -172,7 +169,7 @@ def _teacher(study: Study, job: Job) -> tuple[Classifier, NetworkSpec] | None:
     return classifier.requires_grad_(False).eval(), network
 
 
-def _trainee(
+def make_trainee(
     study: Study, job: Job, made: Assembled, teacher: Classifier | None, training: TrainingConfig, stage: Stage
 ) -> Trainee:
     """Set a network up for its device and precision, with one stage's objectives, its optimiser and its teacher."""
@@ -182,12 +179,12 @@ def _trainee(
     optimizer: Any = build_optimizer(training.optimizer, [*classifier.parameters(), *objectives.parameters()])
     called, optimizer = fabric.setup(forward, optimizer)
     signal = None
-    if teacher is not None:
+    if teacher is not None and made.reads_teacher(stage):
         taps = {name for term in terms for name in term.objective.teacher_features}
         signal = LiveTeacher(fabric.setup_module(_callable(teacher, taps, training).eval()), Parts(teacher))
     return Trainee(
         network=classifier.network, forward=called, parts=Parts(classifier), terms=terms, optimizer=optimizer,
-        backward=backward_sum, teacher=signal, fabric=fabric, config=training,
+        backward=backward_for(training.optimizer), teacher=signal, fabric=fabric, config=training,
         seed=derive_seed(job.seed, job.role, stage),
     )  # fmt: skip
 

@@ -101,6 +101,8 @@ class Term(Generic[StepT]):
     ramp: Ramp = "constant"
     standardize: bool = False
     """Whether the objective sees standardised logits; see :func:`soteacher.logits.standardized_logits`."""
+    distils: bool = False
+    """Whether the loss comes from a teacher, for optimisers that tell its gradient from the task's."""
 
     def __post_init__(self) -> None:
         if not self.weight > 0 or not math.isfinite(self.weight):
@@ -184,7 +186,10 @@ class ObjectiveConfig(Settings, ABC):
 
     def term(self, task: Task) -> Term[Any]:
         """Return the objective with its weight and ramp."""
-        return Term(objective=self.build(task), weight=self.weight, ramp=self.ramp, standardize=self.standardize)
+        return Term(
+            objective=self.build(task), weight=self.weight, ramp=self.ramp, standardize=self.standardize,
+            distils=self.needs_teacher,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

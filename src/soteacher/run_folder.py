@@ -90,7 +90,8 @@ def _tidy(run: Path) -> None:
         path.unlink(missing_ok=True)
     for folder in run.glob("*/*/*/resume"):
         if (folder.parent / "model.json").exists():
-            Checkpoint(folder, fingerprint="").remove()
+            for state in (folder / "preparation", folder):
+                Checkpoint(state, fingerprint="").remove()
 
 
 def _is_part(path: Path) -> bool:

@@ -246,6 +246,7 @@ def _check_networks(study: Study) -> None:
         student, teacher = study.config.students[arm.student], None if arm.teacher is None else teachers[arm.teacher]
         title = "" if arm.teacher is None else _title(study, arm.teacher)
         made = assemble(study, student, role="student", seed=0, teacher=teacher, teacher_name=title)
+        made.start_training()
         _check_last_batch(study, student, made.classifier)
 
 

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from soteacher import report
 from soteacher.jobs import Job, jobs_of
-from soteacher.report import summary_sentence, summary_table
+from soteacher.report import cost_table, summary_sentence, summary_table
 from soteacher.run_folder import LOG, network_folder, read_config
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -113,6 +114,16 @@ class ProgressDisplay:
         self._log.flush()
 
 
+def _drawn(table: report.Table) -> Table:
+    """Return a table of the report as the terminal draws it."""
+    drawn = Table()
+    for column, numeric in zip(table.columns, table.numeric, strict=True):
+        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in table.rows:
+        drawn.add_row(*row)
+    return drawn
+
+
 def _stage(event: Mapping[str, Any]) -> str:
     """Return the stage of an event where it is not the training itself."""
     return f"{event['stage']}, " if "stage" in event else ""
@@ -154,13 +165,9 @@ def print_results(results: dict[str, Any], run: Path) -> None:
     console = Console(width=None if Console().is_terminal else 160)
     teachers = [row for row in results["rows"] if row["role"] == "teacher"]
     if results["summary"]:
-        table = summary_table(results)
-        rich_table = Table()
-        for column, numeric in zip(table.columns, table.numeric, strict=True):
-            rich_table.add_column(column, justify="right" if numeric else "left", overflow="fold")
-        for row in table.rows:
-            rich_table.add_row(*row)
-        console.print(rich_table)
+        for table in (summary_table(results), cost_table(results)):
+            if table.rows:
+                console.print(_drawn(table))
         for entry in results["summary"]:
             if entry["baseline"] is not None:
                 console.print(summary_sentence(entry), highlight=False, markup=False)

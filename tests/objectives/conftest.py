@@ -1,6 +1,6 @@
 import copy
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from soteacher.models.classifier import Classifier
 from soteacher.models.inspection import inspect_network
 from soteacher.models.parts import Parts
+from soteacher.models.takeover import take_over_classifier
 from soteacher.models.taps import Tapped, resolve_taps
 from soteacher.models.zoo import build_network
-from soteacher.objective import Objective
+from soteacher.objective import Objective, ObjectiveConfig
 from soteacher.types import DistillStep, Outputs, Task, View
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
@@ -152,8 +153,10 @@ def run(classifier: Classifier, features: Collection[str], dtype: torch.dtype) -
 
 
 IMAGE_SIZE, CLASSES, EXAMPLES = 32, 5, 24
+IMAGES = torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
 PAIRS = {  # teacher, student
-    "same family": ("wrn_10_2", "wrn_10_1"),
+    "same family": ("wrn_16_1", "wrn_10_1"),
+    "wider teacher": ("wrn_10_2", "wrn_10_1"),
     "other family": ("vgg8", "resnet8"),
     "transformer teacher": ("timm/test_vit", "resnet8"),
     "transformer student": ("resnet8x2", "timm/test_vit"),
@@ -161,7 +164,7 @@ PAIRS = {  # teacher, student
 
 
 @pytest.fixture(scope="session")
-def make_pair() -> Callable[[str], Pair]:
+def make_pair() -> Callable[..., Pair]:
     """Build a pair by its name, always with the same weights; the networks are the caller's own."""
 
     def classifier(name: str, seed: int) -> Classifier:
@@ -173,18 +176,28 @@ def make_pair() -> Callable[[str], Pair]:
     def original(pair: str) -> Pair:
         teacher_name, student_name = PAIRS[pair]
         student, teacher = classifier(student_name, 0), classifier(teacher_name, 1).eval().requires_grad_(False)
-        images = torch.rand(2, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
+        Parts(teacher).classifier.weight.mul_(20)  # as sure of some examples as a trained one
         task = Task(
             num_examples=EXAMPLES,
             num_classes=CLASSES,
             labels=torch.arange(EXAMPLES) % CLASSES,
-            network=inspect_network(student, images, name=f"student {student_name}"),
-            teacher=inspect_network(teacher, images, name=f"teacher {teacher_name}"),
+            network=inspect_network(student, IMAGES, name=f"student {student_name}"),
+            teacher=inspect_network(teacher, IMAGES, name=f"teacher {teacher_name}"),
         )
         return Pair(student, teacher, task)
 
-    def make(pair: str) -> Pair:
+    def make(pair: str, config: ObjectiveConfig | None = None) -> Pair:
         found = original(pair)
-        return Pair(copy.deepcopy(found.student), copy.deepcopy(found.teacher), found.task)
+        student, teacher = copy.deepcopy(found.student), copy.deepcopy(found.teacher)
+        reuse = None if config is None else config.reuse()
+        if reuse is None:
+            return Pair(student, teacher, found.task)
+        assert found.task.network is not None
+        assert found.task.teacher is not None
+        names = (found.task.network.name, found.task.teacher.name)
+        torch.manual_seed(2)
+        take_over_classifier(student, teacher, IMAGES, reduction=reuse.reduction, names=names)
+        facts = inspect_network(student, IMAGES, name=names[0])
+        return Pair(student, teacher, replace(found.task, network=facts))
 
     return make

@@ -52,7 +52,8 @@ def apply_changes(images: Tensor, changes: Changes) -> Tensor:
     """Return the changed images: all images of a batch with the same change at once.
 
     Args:
-        images: ``[B, C, H, W]`` floating point in [0, 1]; changes of colour leave images that are not RGB as they are.
+        images: ``[B, C, H, W]`` floating point in [0, 1]; those that are neither grey nor RGB change channel by
+            channel, and a change of saturation leaves all but RGB as they are.
         changes: of these images.
 
     Returns:
@@ -104,7 +105,7 @@ def _rotate(library: Any, images: Tensor, strength: float) -> Tensor:
 def _enhance(name: str, library: Any, images: Tensor, strength: float) -> Tensor:
     if name == "saturation" and images.shape[1] != 3:
         return images.clone()
-    return getattr(library, f"adjust_{name}")(images, 1 + strength)
+    return _by_channel(partial(getattr(library, f"adjust_{name}"), **{f"{name}_factor": 1 + strength}), images)
 
 
 def _posterize(library: Any, images: Tensor, strength: float) -> Tensor:
@@ -117,7 +118,14 @@ def _solarize(library: Any, images: Tensor, strength: float) -> Tensor:
 
 def _alone(name: str, library: Any, images: Tensor, strength: float) -> Tensor:
     del strength
-    return getattr(library, name)(images)
+    return _by_channel(getattr(library, name), images)
+
+
+def _by_channel(change: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Change images of a number of channels that torchvision does not know as so many grey ones."""
+    if images.shape[1] in (1, 3):
+        return change(images)
+    return change(images.flatten(0, 1)[:, None]).view_as(images)
 
 
 _Change = Callable[[Any, Tensor, float], Tensor]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from soteacher.errors import InputError
+from soteacher.models.reused_classifier import ReusedSpec, reuse_classifier
 from soteacher.models.zoo import build_network, timm_config
 from soteacher.settings import Settings
 
@@ -31,6 +32,8 @@ class NetworkSpec(Settings):
     """Side in pixels of the square that images are resized to; none takes them as they come."""
     class_names: tuple[str, ...] = ()
     """The classes in the order of their ids; empty where they have no names."""
+    reused: ReusedSpec | None = None
+    """The projector and the teacher's classifier that the network ends in; null where it has its own end."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> NetworkSpec:
@@ -100,6 +103,17 @@ def build_classifier(spec: NetworkSpec, *, pretrained: bool = False) -> Classifi
     network = build_network(
         spec.model, num_classes=spec.num_classes, in_channels=spec.in_channels, pretrained=pretrained
     )
+    return classifier_of(network, spec)
+
+
+def classifier_of(network: nn.Module, spec: NetworkSpec) -> Classifier:
+    """Return a network behind the spec's normalisation, with the end that the spec says; it is changed in place.
+
+    Raises:
+        InputError: the network cannot have that end.
+    """
+    if spec.reused is not None:
+        reuse_classifier(network, spec.reused, num_classes=spec.num_classes)
     return Classifier(network, mean=spec.mean, std=spec.std, input_size=spec.input_size)
 
 

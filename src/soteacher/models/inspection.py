@@ -40,6 +40,9 @@ class _Shapes(Mapping[str, tuple[int, ...]]):
     def __getitem__(self, tap: str) -> tuple[int, ...]:
         return self._canonical[tap] if tap in self._canonical else self._look([tap])[tap]
 
+    def __contains__(self, tap: object) -> bool:
+        return tap in self._canonical
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._canonical)
 

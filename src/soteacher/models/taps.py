@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from soteacher.errors import InputError
 from soteacher.models.classifier import Classifier
 from soteacher.models.family import FamilyNetwork, Tap
+from soteacher.models.reused_classifier import ProjectedClassifier, ProjectedPooling, projected_end
 
 
 def find_taps(network: nn.Module) -> dict[str, Tap]:
@@ -31,6 +32,10 @@ def find_taps(network: nn.Module) -> dict[str, Tap]:
     ``global_pool`` beside the classifier layer holds PyTorch's average pooling to one pixel, which takes channels
     first, and between the two there is nothing but flattening and dropout of rate 0. Of any other network only
     ``pooled`` is known, the input of its last linear layer, if it has one.
+
+    A network that ends in a projector and its teacher's classifier (:mod:`soteacher.models.reused_classifier`) has
+    ``projected`` besides, what the projector puts out, and ``pooled`` is what the teacher's classifier takes in. Where
+    it is the maps that are projected, ``maps`` are those that the projector takes in.
     """
     if isinstance(network, Classifier):
         return {name: _inside_classifier(tap) for name, tap in find_taps(network.network).items()}
@@ -41,6 +46,11 @@ def find_taps(network: nn.Module) -> dict[str, Tap]:
         taps["maps"] = Tap(network.pooling_module, "input")
     elif classifier is not None and _is_timm(network) and (pooling := _timm_pooling(network, classifier)):
         taps["maps"] = Tap(pooling, "input")
+    if (end := projected_end(network)) is not None:
+        path, module = end
+        if isinstance(module, ProjectedPooling):
+            taps["maps"] = Tap(path, "input")
+        taps["projected"] = Tap(f"{path}.projector")
     if classifier is not None:
         taps["pooled"] = Tap(classifier, "input")
     return taps
@@ -68,8 +78,11 @@ def resolve_taps(network: nn.Module, names: Iterable[str]) -> dict[str, Tap]:
 def classifier_module(network: nn.Module) -> str | None:
     """Return the path of the layer that makes the logits: known for our networks and timm's, else the last linear one.
 
-    Of two classifiers (distilled ViTs) it is the first.
+    Of two classifiers (distilled ViTs) it is the first, and behind a projector the teacher's own.
     """
+    end = projected_end(network)
+    if end is not None and isinstance(end[1], ProjectedClassifier):
+        return f"{end[0]}.classifier"
     if isinstance(network, FamilyNetwork):
         return network.classifier_module
     layer = network.get_classifier() if _is_timm(network) else None  # pyright: ignore[reportCallIssue]  # timm's method

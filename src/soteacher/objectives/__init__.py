@@ -19,8 +19,63 @@ from typing import Any
 
 from soteacher.errors import InputError, unknown_name
 from soteacher.objective import Method, ObjectiveConfig
-from soteacher.objectives import cross_entropy
-from soteacher.objectives.student import alone, kd, kd_standardized
+from soteacher.objectives import cross_entropy, view_cross_entropy
+from soteacher.objectives.student import (
+    activation_boundary,
+    alone,
+    attention,
+    cat,
+    correlation,
+    crd,
+    crd_kd,
+    crld,
+    ctkd,
+    ctkd_standardized,
+    dist,
+    dkd,
+    dkd_standardized,
+    dot,
+    factor_transfer,
+    fcfd,
+    fitnet,
+    fsp,
+    itrd,
+    kd,
+    kd_standardized,
+    kdpp,
+    kdsvd,
+    mlkd,
+    mlkd_relations,
+    mlkd_standardized,
+    nkd,
+    norm,
+    norm_crd,
+    norm_kd,
+    nst,
+    ofa,
+    ofd,
+    paraphraser,
+    pkt,
+    review,
+    rkd,
+    rld,
+    sdd,
+    sdd_dkd,
+    sdd_nkd,
+    semckd,
+    similarity,
+    simkd,
+    srd,
+    srrl,
+    sskd,
+    sskd_head,
+    ttm,
+    vid,
+    wkd,
+    wkd_feature,
+    wkd_logit,
+    wttm,
+)
 from soteacher.objectives.teacher import (
     consistency,
     consistency_released,
@@ -32,11 +87,16 @@ from soteacher.objectives.teacher import (
 )
 
 MODULES: tuple[ModuleType, ...] = (
-    cross_entropy,
+    cross_entropy, view_cross_entropy,
     # teachers
     standard, soteacher, soteacher_released, lipschitz, weight_l1, consistency, consistency_released,
     # students: labels and logits
-    alone, kd, kd_standardized,
+    alone, kd, kd_standardized, dkd, dkd_standardized, nkd, dist, ctkd, ctkd_standardized, ttm, wttm, mlkd,
+    mlkd_relations, mlkd_standardized, rld, crld, sdd, sdd_dkd, sdd_nkd, wkd_logit, ofa,
+    # students: features and relations, and how they are trained
+    fitnet, attention, similarity, correlation, vid, rkd, pkt, activation_boundary, factor_transfer, paraphraser, fsp,
+    nst, kdsvd, crd, crd_kd, ofd, review, srrl, simkd, semckd, cat, fcfd, norm, norm_kd, norm_crd, itrd, kdpp, srd,
+    wkd_feature, wkd, sskd, sskd_head, dot,
 )  # fmt: skip
 """Every file of this package, in the order of lists: an objective, a method, or both, called as the file is."""
 

@@ -54,7 +54,8 @@ class FeatureConfig(ObjectiveConfig):
             InputError: a network has no such tap, or one side has more taps than the other.
         """
         student, teacher = facts_of(task)
-        default = _default_pairs(self.default_taps, student, teacher)
+        chosen = self.student_taps is not None and self.teacher_taps is not None
+        default = [] if chosen else _default_pairs(self.default_taps, student, teacher)
         student_taps = [pair[0] for pair in default] if self.student_taps is None else self.student_taps
         teacher_taps = [pair[1] for pair in default] if self.teacher_taps is None else self.teacher_taps
         if len(student_taps) != len(teacher_taps) or not student_taps:

@@ -11,7 +11,7 @@ from soteacher.files import write_text
 from soteacher.report.charts import Chart, accuracy_chart, cost_chart, learning_curves, reliability_chart
 from soteacher.report.published import published_numbers
 from soteacher.report.record import RunRecord, read_run
-from soteacher.report.tables import network_table, summary_sentence, summary_table, teacher_table
+from soteacher.report.tables import cost_table, network_table, summary_sentence, summary_table, teacher_table
 
 
 def _plain(value: Any) -> str:
@@ -119,6 +119,7 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "teacher_charts": curves["teacher"],
         "reliability_charts": [reliability_chart(place, arm, reliable[arm]) for place, arm in enumerate(reliable)],
         "published": published_numbers(record),
+        "costs": cost_table(results),
         "cost_charts": [cost_chart(rows, earlier_states=earlier)] if timed else [],
         "networks": network_table(record),
         "style": resources.files("soteacher.report").joinpath("page.css").read_text(encoding="utf-8"),

@@ -116,6 +116,52 @@ def summary_table(results: Mapping[str, Any]) -> Table:
     )
 
 
+def cost_table(results: Mapping[str, Any]) -> Table:
+    """Return what each student arm cost: time of a step, also against its baseline's, parameters and memory.
+
+    No rows where the arms all have one method, or were trained by a version that did not note it.
+
+    Args:
+        results: what ``results.json`` holds.
+    """
+    arms: dict[str, list[Mapping[str, Any]]] = {}
+    for row in results.get("rows", []):
+        if row["role"] == "student" and row.get("seconds_per_step"):
+            arms.setdefault(row["arm"], []).append(row)
+    baselines = {entry["arm"]: entry["baseline"] or entry["arm"] for entry in results.get("summary", [])}
+    several = len({rows[0]["method"] for rows in arms.values()}) > 1
+    return Table(
+        columns=(
+            "arm",
+            "method",
+            "accuracy, %",
+            "ms a step",
+            "step / baseline's",
+            "parameters in training besides the network's",
+            "peak memory, MiB",
+        ),
+        rows=tuple(_cost_cells(arm, arms, baselines) for arm in arms) if several else (),
+        numeric=(False, False, *[True] * 5),
+    )
+
+
+def _cost_cells(
+    arm: str, arms: Mapping[str, Sequence[Mapping[str, Any]]], baselines: Mapping[str, str]
+) -> tuple[str, ...]:
+    rows = arms[arm]
+    seconds, memory = mean_of(rows, "seconds_per_step"), mean_of(rows, "peak_memory_bytes")
+    other = mean_of(arms.get(baselines.get(arm, arm), ()), "seconds_per_step")
+    return (
+        arm,
+        str(rows[0]["method"]),
+        percent(mean_of(rows, "accuracy_last")),
+        amount(1000 * seconds) if seconds else "-",
+        f"{seconds / other:.2f}" if seconds and other else "-",
+        amount(rows[0].get("extra_parameters")),
+        amount(memory / 2**20) if memory is not None else "-",
+    )
+
+
 def teacher_table(record: RunRecord) -> Table:
     """Return the teacher arms: how well they fit the training images, and how good and calibrated they are on test."""
     rows: list[tuple[str, ...]] = []

@@ -42,6 +42,9 @@ class SGDConfig(Settings):
     """Highest learning rate of the run."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Share of the earlier direction that is kept, in [0, 1)."""
+    momentum_difference: float = Field(default=0.0, ge=0)
+    """By how much the momentum of the distillation's gradient is above, and that of the task's below, ``momentum``;
+    0: one momentum for their sum."""
     nesterov: bool = False
     """Whether to look ahead along the momentum."""
     weight_decay: float = Field(default=5e-4, ge=0)
@@ -51,6 +54,18 @@ class SGDConfig(Settings):
     def _nesterov_needs_momentum(self) -> SGDConfig:
         if self.nesterov and self.momentum == 0:
             raise InputError("nesterov needs a momentum above 0, got 0")
+        return self
+
+    @model_validator(mode="after")
+    def _two_momenta_lie_in_range(self) -> SGDConfig:
+        momentum, difference = self.momentum, self.momentum_difference
+        if difference and (momentum + difference >= 1 or momentum - difference < 0):
+            raise InputError(
+                f"momentum_difference must leave both momenta in [0, 1), got {momentum:g} - {difference:g} and "
+                f"{momentum:g} + {difference:g}"
+            )
+        if difference and self.nesterov:
+            raise InputError(f"nesterov needs one momentum, got momentum_difference {difference:g}; leave one out")
         return self
 
 
@@ -141,6 +156,19 @@ class TrainingConfig(Settings):
         epochs = epochs_at(self.preparation_epochs, self.epochs)
         changes = {"epochs": epochs, "schedule": ConstantConfig(name="constant"), "save_every": None}
         return self.model_copy(update=changes)
+
+    @model_validator(mode="after")
+    def _two_gradients_can_be_had(self) -> TrainingConfig:
+        difference = self.optimizer.momentum_difference if isinstance(self.optimizer, SGDConfig) else 0
+        for name, value, wants in (
+            ("gradient_clip", self.gradient_clip, "one gradient"),
+            ("compile", self.compile, "one backward pass in a step"),  # the compiled one writes over what it has read
+        ):
+            if difference and value:
+                raise InputError(
+                    f"{name} wants {wants}, and optimizer.momentum_difference {difference:g} makes two; leave one out"
+                )
+        return self
 
     @model_validator(mode="after")
     def _points_lie_in_the_run(self) -> TrainingConfig:

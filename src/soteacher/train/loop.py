@@ -19,7 +19,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from soteacher.errors import InputError, InterruptedRunError
-from soteacher.objective import Term, weighted_losses
+from soteacher.objective import Term
 from soteacher.randomness import derive_seed
 from soteacher.train.checkpoint import Checkpoint, Position
 from soteacher.train.config import TrainingConfig
@@ -84,7 +84,7 @@ def train_step(trainee: Trainee, batch: Batch, *, epoch: int, progress: float, s
     if trainee.config.channels_last:
         batch = _channels_last(batch)
     step = _step(trainee, batch, epoch=epoch, progress=progress, seed=seed)
-    losses = weighted_losses(trainee.terms, step)
+    losses = [term.weighted_loss(step) for term in trainee.terms]
     trainee.optimizer.zero_grad(set_to_none=True)
     trainee.backward(losses, trainee.terms, trainee.optimizer.optimizer, trainee.fabric.backward)
     if trainee.config.gradient_clip is not None:
@@ -93,7 +93,7 @@ def train_step(trainee: Trainee, batch: Batch, *, epoch: int, progress: float, s
     trainee.optimizer.step()
     for term in trainee.terms:
         term.objective.update(step)
-    return losses.detach(), (step.outputs.logits.detach().argmax(dim=-1) == batch.labels).sum()
+    return torch.stack(losses).detach(), (step.outputs.logits.detach().argmax(dim=-1) == batch.labels).sum()
 
 
 def _step(trainee: Trainee, batch: Batch, *, epoch: int, progress: float, seed: int) -> Step:

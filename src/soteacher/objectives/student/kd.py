@@ -80,6 +80,7 @@ METHOD = Method(
     name="kd",
     role="student",
     title="Knowledge distillation: half the labels, half the teacher's softened predictions",
+    venue="NIPS 2014 workshop",
     source="Hinton, Vinyals and Dean 2015, arXiv:1503.02531; weights of Dong et al., ICLR 2024, arXiv:2206.06661",
     terms={"cross_entropy": {"weight": 0.5}, "kd": {"weight": 0.5, "temperature": 4.0}},
 )

@@ -8,6 +8,7 @@ METHOD = Method(
     name="soteacher",
     role="teacher",
     title="Student-oriented teacher: cross-entropy, induced Lipschitz norms and consistency of predictions",
+    venue="ICLR 2024",
     source="Dong, Liu and Shang, ICLR 2024, arXiv:2206.06661",
     terms={
         "cross_entropy": {},

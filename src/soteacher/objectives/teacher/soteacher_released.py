@@ -8,6 +8,7 @@ METHOD = Method(
     name="soteacher_released",
     role="teacher",
     title="Student-oriented teacher as released: entrywise L1 of convolutions, first epoch counted twice",
+    venue="ICLR 2024",
     source="Released code of Dong, Liu and Shang, ICLR 2024, arXiv:2206.06661",
     terms={
         "cross_entropy": {},

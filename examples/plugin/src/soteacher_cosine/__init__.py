@@ -1,0 +1,1 @@
+"""An example: a distillation method added to soteacher from another package."""
