@@ -20,6 +20,7 @@ docs: .venv/dev.done
 
 benchmark: .venv/dev.done
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.methods
 
 # The constraints pin every package; that of torch makes pip take a CPU build where it finds one.
 .venv/bin/pip:

@@ -99,3 +99,23 @@ def test_student_runs_without_any_objective(name: str, study: Study) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "torch.Size([2, 3])\n[]\n"
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", STUDENTS)
+def test_method_trains_in_half_precision(name: str, device: str, study: Study, tmp_path: Path) -> None:
+    (tmp_path / "teachers").symlink_to(study.folder / "teachers")
+    settings = {"precision": "bf16-mixed", "channels_last": True, "epochs": 1}
+    training = study.config.training.model_copy(update=settings)
+    there = Study(study.config.model_copy(update={"training": training}), tmp_path, study.data, device)
+    train(there, job_of(name))
+    assert all(value.isfinite().all() for value in outcome(there, job_of(name)).values())

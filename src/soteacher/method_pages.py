@@ -37,7 +37,8 @@ def describe_method(name: str) -> str:
     ]  # fmt: skip
     if found.differs:
         lines += ["## What we do differently", "", inline_markdown(found.differs), ""]
-    for term, config in configs.items():
+    own_first = sorted(configs.items(), key=lambda item: (item[0] != found.name, item[0] == "cross_entropy"))
+    for term, config in own_first:
         lines += _describe_term(term, config, found.terms[term])
     return "\n".join(lines).rstrip() + "\n"
 

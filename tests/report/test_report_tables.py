@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from soteacher.report import read_run, summary_sentence, summary_table
+from soteacher.report import cost_table, read_run, summary_sentence, summary_table
 from soteacher.report.tables import amount, network_table, signed_points, teacher_table
 
 
@@ -120,3 +120,37 @@ def test_network_table_has_a_line_for_every_network(make_run: Callable[..., Path
         *("12", "61.5", "2,413", "2,243,546"),
     )
     assert len(table.columns) == len(table.numeric) == len(table.rows[0])
+
+
+def _costs(arm: str, method: str, seconds: float | None, **more: Any) -> dict[str, Any]:
+    row = {"role": "student", "arm": arm, "method": method, "accuracy_last": 0.5, "seconds_per_step": seconds}
+    return {**row, "extra_parameters": 0, "peak_memory_bytes": None, **more}
+
+
+def test_costs_are_means_over_seeds_beside_the_baselines() -> None:
+    rows = [
+        {"role": "teacher", "arm": "standard", "method": "standard", "seconds_per_step": 9.0},
+        _costs("standard-kd", "kd", 0.1),
+        _costs("standard-kd", "kd", 0.3),
+        _costs("standard-crd", "crd", 0.5, extra_parameters=12345, peak_memory_bytes=3 * 2**20, accuracy_last=0.75),
+    ]
+    summary = [{"arm": "standard-kd", "baseline": None}, {"arm": "standard-crd", "baseline": "standard-kd"}]
+    table = cost_table({"rows": rows, "summary": summary})
+    assert table.rows == (
+        ("standard-kd", "kd", "50.00", "200", "1.00", "0", "-"),
+        ("standard-crd", "crd", "75.00", "500", "2.50", "12,345", "3.0"),
+    )
+    assert len(table.columns) == len(table.numeric) == 7
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [_costs("a-kd", "kd", 0.1), _costs("b-kd", "kd", 0.2)],
+        [_costs("a-kd", "kd", None), _costs("x", "alone", None)],
+    ],
+    ids=["nothing", "one method", "of an older version"],
+)
+def test_costs_are_left_out_where_there_is_nothing_to_compare(rows: list[dict[str, Any]]) -> None:
+    assert cost_table({"rows": rows, "summary": []}).rows == ()

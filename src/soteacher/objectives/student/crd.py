@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
@@ -141,9 +141,7 @@ def blended_directions(old: Tensor, new: Tensor, *, momentum: float) -> Tensor:
 class CRDConfig(FeatureConfig):
     """Settings of :class:`CRD`."""
 
-    default_taps: ClassVar[Literal["stages", "second_stage", "last_stage", "preactivations", "maps", "pooled"]] = (
-        "pooled"
-    )
+    default_taps = "pooled"
     embedding_size: int = Field(default=128, gt=0)
     """Numbers in an embedding, of the student as of the teacher."""
     num_negatives: int = Field(default=16384, gt=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal, final
+from typing import final
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -98,9 +98,7 @@ def _cosines(features: Tensor) -> Tensor:
 class ITRDConfig(FeatureConfig):
     """Settings of :class:`ITRD`."""
 
-    default_taps: ClassVar[Literal["stages", "second_stage", "last_stage", "preactivations", "maps", "pooled"]] = (
-        "pooled"
-    )
+    default_taps = "pooled"
     correlation_weight: float = Field(default=2.0, ge=0)
     """Factor of the correlation gap."""
     information_weight: float = Field(default=1.0, ge=0)

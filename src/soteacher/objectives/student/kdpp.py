@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
@@ -76,9 +76,7 @@ def class_means(features: Tensor, labels: Tensor, *, num_classes: int) -> tuple[
 class KDPPConfig(FeatureConfig):
     """Settings of :class:`KDPP`."""
 
-    default_taps: ClassVar[Literal["stages", "second_stage", "last_stage", "preactivations", "maps", "pooled"]] = (
-        "pooled"
-    )
+    default_taps = "pooled"
 
     def build(self, task: Task) -> KDPP:
         """Return the objective; no class has a mean yet."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, final
+from typing import final
 
 import torch
 from pydantic import Field
@@ -49,9 +49,7 @@ def segment_distance(expanded: Tensor, teacher_maps: Tensor) -> Tensor:
 class NORMConfig(FeatureConfig):
     """Settings of :class:`NORM`."""
 
-    default_taps: ClassVar[Literal["stages", "second_stage", "last_stage", "preactivations", "maps", "pooled"]] = (
-        "last_stage"
-    )
+    default_taps = "last_stage"
     num_segments: int = Field(default=8, gt=0)
     """N, the views of the student's maps: the transform has N times as many channels as the teacher."""
 

@@ -108,9 +108,7 @@ class ReviewConfig(FeatureConfig):
             InputError: there are no such taps.
         """
         pairs = self.pairs(task)
-        if (
-            self.student_taps is None
-        ):  # the authors compare the teacher before its rectifiers, the student after its own
+        if self.student_taps is None:  # the authors compare the teacher before its rectifiers, the student after them
             stages = tuple(pair.student.replace("preactivation", "stage") for pair in pairs)
             pairs = self.model_copy(update={"student_taps": stages}).pairs(task)
         student, teacher = facts_of(task)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal, final
+from typing import final
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -62,9 +62,7 @@ def _normalized(features: Tensor) -> Tensor:
 class SRDConfig(FeatureConfig):
     """Settings of :class:`SRD`."""
 
-    default_taps: ClassVar[Literal["stages", "second_stage", "last_stage", "preactivations", "maps", "pooled"]] = (
-        "pooled"
-    )
+    default_taps = "pooled"
     exponent: float = Field(default=4.0, ge=1)
     """The power of the differences; see :func:`log_power_distance`."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal, final
+from typing import final
 
 import torch
 from pydantic import Field
@@ -67,9 +67,7 @@ def _moments(maps: Tensor) -> tuple[Tensor, Tensor]:
 class WKDFeatureConfig(FeatureConfig):
     """Settings of :class:`WKDFeature`."""
 
-    default_taps: ClassVar[Literal["stages", "second_stage", "last_stage", "preactivations", "maps", "pooled"]] = (
-        "last_stage"
-    )
+    default_taps = "last_stage"
     mean_weight: float = Field(default=4.0, ge=0)
     """Factor of the means' part beside that of the deviations."""
     decay_start: float = Field(default=0.625, ge=0, le=1)
