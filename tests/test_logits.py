@@ -6,6 +6,7 @@ import torch
 from scipy.stats import zscore
 from torch import Tensor
 
+from soteacher.errors import InputError
 from soteacher.functional import standardized_logits
 
 
@@ -76,3 +77,9 @@ def test_half_precision_is_computed_in_single(logits: Tensor, dtype: torch.dtype
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, standardized_logits(rounded.float()))
     np.testing.assert_allclose(found.std(1).numpy(), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (3, 0), ()])
+def test_a_single_class_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match="standardised logits need at least 2 classes"):
+        standardized_logits(torch.zeros(shape))

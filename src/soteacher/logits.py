@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from soteacher.errors import InputError
 from soteacher.precision import at_least_float32
 
 EPSILON = 1e-7
@@ -20,11 +21,17 @@ def standardized_logits(logits: Tensor) -> Tensor:
         logits: ``[..., K]``, K at least 2; gradients flow.
 
     Returns:
-        ``[..., K]`` float32 (float64 from float64); invariant to a shift and to a positive factor of the logits. Zeros,
-        with gradient 0, where all logits of an example are equal.
+        ``[..., K]`` float32 (float64 from float64); invariant to a shift of the logits, and to a positive factor as
+        long as their deviation is far above :math:`\epsilon`. Zeros, with gradient 0, where all logits of an example
+        are equal.
+
+    Raises:
+        InputError: there are fewer than two logits.
 
     Source: Sun et al., CVPR 2024, arXiv:2403.01427, section 4, without the temperature, which the loss has itself.
     """
+    if logits.ndim < 1 or logits.shape[-1] < 2:
+        raise InputError(f"standardised logits need at least 2 classes, got logits {list(logits.shape)}")
     logits = at_least_float32(logits)
     centred = logits - logits.mean(dim=-1, keepdim=True)
     variance = centred.square().sum(dim=-1, keepdim=True) / (logits.shape[-1] - 1)

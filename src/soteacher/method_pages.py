@@ -15,7 +15,7 @@ TAPS: dict[str, str] = {
     "stages": "all stages, those of student and teacher paired from the deepest back",
     "second_stage": "the student's `stage2` and the stage that stands beside it, counted from the deepest back",
     "last_stage": "the last stage",
-    "preactivations": "all stages before their last rectifier, paired from the deepest back",
+    "preactivations": "the preactivations of all stages, of networks that have them, paired from the deepest back",
     "maps": "`maps`, which the last pooling averages; of a network without them the last stage",
     "pooled": "`pooled`, which the classifier takes in",
 }

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -138,9 +137,12 @@ def _standardized_views(views: Mapping[View, Outputs]) -> dict[View, Outputs]:
     return {view: _standardized_outputs(outputs) for view, outputs in views.items()}
 
 
-def weighted_losses(terms: Sequence[Term[StepT]], step: StepT) -> Tensor:
-    """Return each term's weighted scalar, in the order of ``terms``: ``[len(terms)]``. The training loss is the sum."""
-    return torch.stack([term.weighted_loss(step) for term in terms])
+def weighted_losses(terms: Sequence[Term[StepT]], step: StepT) -> list[Tensor]:
+    """Return each term's weighted scalar, in the order of ``terms``. The training loss is the sum.
+
+    They are not one tensor, so that the gradient of one can be had without the others'.
+    """
+    return [term.weighted_loss(step) for term in terms]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +159,7 @@ class ObjectiveConfig(Settings, ABC):
     needs_teacher: ClassVar[bool] = False
     """Whether the objective reads a teacher."""
     standardizable: ClassVar[bool] = False
-    """Whether the objective compares logits with logits, so that standardised ones make sense."""
+    """Whether the objective compares logits with logits and reads nothing in them that standardising would take."""
     prepares_alone: ClassVar[bool] = False
     """Whether the network's preparation is to follow this objective and no other one."""
 
@@ -173,7 +175,7 @@ class ObjectiveConfig(Settings, ABC):
     @model_validator(mode="after")
     def _standardizes_logits(self) -> ObjectiveConfig:
         if self.standardize and not self.standardizable:
-            raise InputError("standardize is for terms that compare logits with logits, and this one does not")
+            raise InputError("standardize is for terms on the logits of both networks; this one does not offer it")
         return self
 
     def reuse(self) -> ReusedClassifier | None:

@@ -69,8 +69,8 @@ def test_the_end_is_a_projector_and_the_teachers_classifier(pair: tuple[str, str
     logits, found = outputs(student, images, "pooled", "projected", *(["maps"] if what == "maps" else []))
     torch.testing.assert_close(torch.nn.functional.linear(found["pooled"], taken.weight, taken.bias), logits)
     if what == "maps":
-        assert torch.equal(found["maps"], before["maps"])
-        assert found["projected"].shape[1:] == (features, *found["maps"].shape[2:])
+        assert torch.equal(found["maps"], found["projected"])
+        assert found["projected"].shape[1:] == (features, *before["maps"].shape[2:])
         torch.testing.assert_close(found["projected"].mean((2, 3)), found["pooled"])
         assert found["projected"].min() == 0  # a convolutional classifier has learned from rectified maps
     else:
@@ -157,12 +157,18 @@ def test_a_network_of_the_callers_own_projects_its_vectors(images: Tensor) -> No
         assert torch.equal(built.eval()(images), student(images))
 
 
-def test_a_students_student_projects_vectors(images: Tensor) -> None:
+def test_a_students_student_projects_to_the_maps_that_its_teachers_classifier_sees(images: Tensor) -> None:
     teacher = new("resnet8", 1)
     take_over_classifier(teacher, new("resnet8x2", 2), images, reduction=2, names=NAMES)
     student = new("resnet8")
     spec = take_over_classifier(student, teacher, images, reduction=2, names=NAMES)
-    assert (spec.pooling, spec.features) == (None, 128)  # the teacher's `maps` are not those that its classifier sees
+    assert (spec.pooling, spec.features) == ("avgpool", 128)
+
+
+def test_a_network_that_projects_vectors_has_no_maps_any_more(images: Tensor) -> None:
+    student = new("resnet8")
+    take_over_classifier(student, new("timm/test_vit", 1), images, reduction=2, names=NAMES)
+    assert "maps" not in inspect_network(student, images, name="s").taps
 
 
 def test_a_teacher_whose_classifier_is_not_linear_is_named(images: Tensor) -> None:

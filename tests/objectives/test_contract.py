@@ -150,7 +150,7 @@ def test_logits_are_standardised_where_that_makes_sense_only(config: type[Object
     if config.standardizable:
         assert config.model_validate({"standardize": True}).standardize
     else:
-        with pytest.raises(ValidationError, match="standardize is for terms that compare logits"):
+        with pytest.raises(ValidationError, match="standardize is for terms on the logits of both networks"):
             config.model_validate({"standardize": True})
 
 
@@ -322,7 +322,7 @@ def test_a_sum_with_other_objectives_keeps_every_term(name: str, warm: Objective
     ]
     terms = [Term(objective=warm, weight=0.5), *others]
     step = pair.step(*(term.objective for term in terms))
-    losses = weighted_losses(terms, step)
+    losses = torch.stack(weighted_losses(terms, step))
     alone = [term.weight_at(epoch=step.epoch, num_epochs=step.num_epochs) * term.objective(step) for term in terms]
     torch.testing.assert_close(losses, torch.stack(alone), rtol=0, atol=0)
     parameters = trained(warm, pair)

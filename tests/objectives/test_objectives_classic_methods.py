@@ -258,7 +258,7 @@ def test_the_order_of_the_batch_does_not_matter(
 def test_methods_are_labels_and_the_objective_with_published_weights(method: Any) -> None:
     published = {
         "fitnet": 100, "attention": 1000, "similarity": 3000, "correlation": 0.02, "vid": 1, "rkd": 1, "pkt": 30000,
-        "nst": 50, "kdsvd": 1, "fsp": 50,
+        "nst": 50, "kdsvd": 1, "fsp": 1,
     }  # fmt: skip
     assert method.terms["cross_entropy"] == {"weight": 1.0}
     assert set(method.terms) == {"cross_entropy", method.name}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from scipy.special import log_softmax, softmax
-from torch import Tensor
+from torch import Tensor, nn
 
 from soteacher.errors import InputError
 from soteacher.objectives.student.ofa import OFAConfig, enhanced_target_cross_entropy
@@ -122,3 +122,19 @@ def test_ofa_refuses_what_it_cannot_have_exits_on(given: tuple[Tensor, Tensor, T
             enhanced_target_cross_entropy(*given, **({"exponent": 1.5, "temperature": 1.0} | wrong))
     with pytest.raises(InputError, match="one shape"):
         enhanced_target_cross_entropy(given[0], given[1][:, :2], given[2], exponent=1.5, temperature=1.0)
+
+
+def test_exits_are_halved_as_often_as_there_are_deeper_ones(make_pair: Callable[[str], Any]) -> None:
+    objective = OFAConfig().build(make_pair("same family").task)  # stages of 16, 32 and 64 channels
+
+    def shapes(leave: Any) -> list[tuple[int, int, tuple[int, int]]]:
+        """Channels in and out of the convolutions over all channels, and the sides that a map of 8 x 8 ends with."""
+        convolutions = [m for m in leave.projector.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
+        end = leave.projector(torch.rand(2, convolutions[0].in_channels, 8, 8)).shape
+        return [(m.in_channels, m.out_channels, (end[2], end[3])) for m in convolutions]
+
+    assert [shapes(leave) for leave in objective.exits] == [
+        [(16, 16, (2, 2)), (16, 32, (2, 2)), (32, 32, (2, 2)), (32, 64, (2, 2))],
+        [(32, 32, (4, 4)), (32, 64, (4, 4))],
+        [(64, 64, (8, 8))],
+    ]

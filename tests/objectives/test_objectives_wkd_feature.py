@@ -73,7 +73,7 @@ def test_connector_is_rectified_where_the_teacher_is(tap: str, rectified: bool) 
 
 @pytest.mark.parametrize(
     ("epoch", "share"),
-    [(0, 1.0), (149, 1.0), (194, (1 + np.cos(np.pi / 2)) / 2), (209, (1 + np.cos(np.pi * 2 / 3)) / 2)],
+    [(0, 1.0), (150, 1.0), (195, (1 + np.cos(np.pi / 2)) / 2), (210, (1 + np.cos(np.pi * 2 / 3)) / 2)],
 )
 def test_weight_falls_from_epoch_150_of_240_on(make_step: Callable[..., DistillStep], epoch: int, share: float) -> None:
     torch.manual_seed(0)

@@ -352,6 +352,29 @@ def test_weights_that_a_step_has_broken_are_not_kept_by_a_stop(make_training) ->
     assert not training.checkpoint.path.exists()
 
 
+def test_update_sees_the_weights_that_the_loss_has_seen(make_training) -> None:
+    seen: list[float] = []
+
+    class Watches(Objective[Step]):
+        name = "watches"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+
+        def forward(self, step: Step) -> Tensor:
+            loss = self.layer(step.outputs.logits).mean()
+            seen.append(loss.item())
+            return loss
+
+        def update(self, step: Step) -> None:
+            seen.append(self.layer(step.outputs.logits).mean().item())
+
+    make_training(terms=CROSS_ENTROPY, objectives=(Watches(),)).run()
+    assert seen[::2] == seen[1::2]
+    assert len(set(seen)) > 2  # it is trained
+
+
 def test_fabric_for_takes_device_and_precision() -> None:
     assert fabric_for("cpu", "fp32").device == torch.device("cpu")
     assert fabric_for("cpu", "bf16-mixed")._precision.precision == "bf16-mixed"

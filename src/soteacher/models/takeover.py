@@ -72,9 +72,7 @@ def _look(classifier: Classifier, images: Tensor, name: str) -> _End:
     except InputError as error:
         raise InputError(f"{name} has no classifier to exchange or reuse: {error}") from None
     taps = find_taps(classifier)
-    # Of a network with a projector of its own, `maps` are not those that the classifier layer sees.
-    taps = {tap: taps[tap] for tap in ("maps", "pooled") if tap in taps and not (tap == "maps" and "projected" in taps)}
-    tapped = Tapped(classifier, taps)
+    tapped = Tapped(classifier, {tap: taps[tap] for tap in ("maps", "pooled") if tap in taps})
     try:
         with evaluating(classifier):
             logits, features = tapped(images.to(classifier.mean.device))

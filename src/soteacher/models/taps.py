@@ -35,7 +35,7 @@ def find_taps(network: nn.Module) -> dict[str, Tap]:
 
     A network that ends in a projector and its teacher's classifier (:mod:`soteacher.models.reused_classifier`) has
     ``projected`` besides, what the projector puts out, and ``pooled`` is what the teacher's classifier takes in. Where
-    it is the maps that are projected, ``maps`` are those that the projector takes in.
+    it is maps that are projected, ``maps`` are the projected ones; where it is vectors, there are none.
     """
     if isinstance(network, Classifier):
         return {name: _inside_classifier(tap) for name, tap in find_taps(network.network).items()}
@@ -48,9 +48,10 @@ def find_taps(network: nn.Module) -> dict[str, Tap]:
         taps["maps"] = Tap(pooling, "input")
     if (end := projected_end(network)) is not None:
         path, module = end
-        if isinstance(module, ProjectedPooling):
-            taps["maps"] = Tap(path, "input")
         taps["projected"] = Tap(f"{path}.projector")
+        taps.pop("maps", None)
+        if isinstance(module, ProjectedPooling):
+            taps["maps"] = taps["projected"]  # it is these that are averaged now
     if classifier is not None:
         taps["pooled"] = Tap(classifier, "input")
     return taps

@@ -39,7 +39,7 @@ class FeatureConfig(ObjectiveConfig):
         "stages"
     )
     """``stages``: all, paired from the deepest back; ``second_stage``: the pair of the student's second, as is usual
-    for hints; ``last_stage``; ``preactivations``: as ``stages``, before the last rectifier where a stage ends with one;
+    for hints; ``last_stage``; ``preactivations``: as ``stages``, of networks that have them the preactivations;
     ``maps``: what the last pooling takes in, else the last stage; ``pooled``: what the classifier takes in."""
 
     student_taps: tuple[str, ...] | None = None

@@ -19,7 +19,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from soteacher.errors import InputError, InterruptedRunError
-from soteacher.objective import Term
+from soteacher.objective import Term, weighted_losses
 from soteacher.randomness import derive_seed
 from soteacher.train.checkpoint import Checkpoint, Position
 from soteacher.train.config import TrainingConfig
@@ -84,15 +84,16 @@ def train_step(trainee: Trainee, batch: Batch, *, epoch: int, progress: float, s
     if trainee.config.channels_last:
         batch = _channels_last(batch)
     step = _step(trainee, batch, epoch=epoch, progress=progress, seed=seed)
-    losses = [term.weighted_loss(step) for term in trainee.terms]
+    losses = weighted_losses(trainee.terms, step)
     trainee.optimizer.zero_grad(set_to_none=True)
     trainee.backward(losses, trainee.terms, trainee.optimizer.optimizer, trainee.fabric.backward)
     if trainee.config.gradient_clip is not None:
         parameters = [p for group in trainee.optimizer.param_groups for p in group["params"] if p.grad is not None]
         nn.utils.clip_grad_norm_(parameters, trainee.config.gradient_clip)
-    trainee.optimizer.step()
+    # Before the optimiser moves anything: an objective with layers of its own takes in what its loss has seen.
     for term in trainee.terms:
         term.objective.update(step)
+    trainee.optimizer.step()
     return torch.stack(losses).detach(), (step.outputs.logits.detach().argmax(dim=-1) == batch.labels).sum()
 
 

@@ -126,9 +126,8 @@ METHOD = Method(
     title="Activation boundaries: the student begins from the teacher's neurons' signs, then learns the labels",
     venue="AAAI 2019",
     source="Heo, Lee, Yun and Choi, AAAI 2019, arXiv:1811.03233; setting of Tian et al., ICLR 2020, arXiv:1910.10699",
-    differs="Connectors resize by averaging or interpolation and are 1x1 convolutions, as in the authors' code; the "
-    "benchmark's are strided or transposed convolutions. The authors train with softened predictions afterwards, the "
-    "benchmark with labels alone, as here. A stage counts before its last rectifier where it ends with one, else "
-    "as it is.",
+    differs="Connectors are 1x1 convolutions, as in the authors' code; maps of other sizes are averaged or "
+    "interpolated, where the benchmark has strided or transposed convolutions. The authors train with softened "
+    "predictions afterwards, the benchmark with labels alone, as here. A stage without a preactivation counts as it is.",
     terms={"cross_entropy": {}, "activation_boundary": {"weight": 1.0, "stage": "preparation"}},
 )

@@ -109,7 +109,8 @@ class CATConfig(FeatureConfig):
         """Return the objective.
 
         Raises:
-            InputError: there are no such taps, or a classifier does not take in the mean of these maps.
+            InputError: there are no such taps, or a classifier does not take in the mean of these maps. Of taps that
+                the settings name only the channels are checked.
         """
         pairs = self.pairs(task)
         if len(pairs) != 1:

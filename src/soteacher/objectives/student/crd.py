@@ -181,6 +181,7 @@ class CRD(Objective[DistillStep]):
         self.register_buffer("student_memory", torch.empty(shape).uniform_(-bound, bound))
         self.register_buffer("teacher_memory", torch.empty(shape).uniform_(-bound, bound))
         self.register_buffer("log_normalizers", torch.full((2,), torch.nan))
+        self._normalized = False  # of a resumed objective too: what it then keeps is what it has
 
     def forward(self, step: DistillStep) -> Tensor:
         """Return the mean over the batch of the two directions' sum."""
@@ -194,9 +195,14 @@ class CRD(Objective[DistillStep]):
 
     @torch.no_grad()
     def update(self, step: DistillStep) -> None:
-        """Keep the first step's normalisers, and blend this step's embeddings into the memories."""
+        """Keep the first step's normalisers, and blend this step's embeddings into the memories.
+
+        The embeddings are those of the loss as long as no optimiser has moved their layers in between.
+        """
         student, teacher = self._embeddings(step)
-        self.log_normalizers.copy_(self._normalizers(self._scores(step, student, teacher)))
+        if not self._normalized:  # asked on the host, so that a device is not waited for in every step
+            self.log_normalizers.copy_(self._normalizers(self._scores(step, student, teacher)))
+            self._normalized = True
         for memory, new in ((self.student_memory, student), (self.teacher_memory, teacher)):
             memory[step.indices] = blended_directions(memory[step.indices], new, momentum=self.config.momentum)
 

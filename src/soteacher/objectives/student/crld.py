@@ -81,9 +81,9 @@ class CRLDConfig(ObjectiveConfig):
     needs_teacher: ClassVar[bool] = True
     temperature: float = Field(default=4.0, gt=0)
     """Softening of both distributions, dimensionless."""
-    within_weight: float = Field(default=2.0, ge=0)
+    within_weight: float = Field(default=2.0, gt=0)
     """Factor of the divergences within each view."""
-    cross_weight: float = Field(default=0.5, ge=0)
+    cross_weight: float = Field(default=0.5, gt=0)
     """Factor of the divergences across the views."""
     weak_threshold: float = Field(default=0.9, ge=0, le=1)
     """The teacher's confidence in the own view from which an example counts within the views."""

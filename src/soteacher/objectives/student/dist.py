@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, final
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -15,8 +16,8 @@ from soteacher.types import DistillStep, Task
 
 EPSILON = 1e-8
 """Added to the product of two deviations, as in the authors' code."""
-CONSTANT = 1e-6
-"""A row that deviates from its mean by less than this share of its size is constant: the rest is rounding."""
+ROUNDINGS = 8
+"""A row that deviates from its mean by less than so many roundings of its size is constant."""
 
 
 def pearson_distance(first: Tensor, second: Tensor) -> Tensor:
@@ -31,8 +32,8 @@ def pearson_distance(first: Tensor, second: Tensor) -> Tensor:
         second: of the same shape; gradients flow.
 
     Returns:
-        ``[...]`` in [0, 2]; 0 where one row is a shifted and scaled copy of the other, 1 with gradient 0 where a row
-        is constant and says nothing.
+        ``[...]`` in [0, 2]; 0, but for :math:`\epsilon`, where one row is a shifted and scaled copy of the other, 1
+        with gradient 0 where a row is constant and says nothing.
 
     Source: Huang et al., NeurIPS 2022, arXiv:2205.10536, section 4. The authors' code has gradients of the size of
     :math:`1 / \epsilon` at constant rows.
@@ -46,7 +47,8 @@ def pearson_distance(first: Tensor, second: Tensor) -> Tensor:
 def _centred(rows: Tensor) -> Tensor:
     """Return rows less their means; exact zeros, without gradients, where nothing but rounding is left."""
     centred = rows - rows.mean(dim=-1, keepdim=True)
-    constant = centred.detach().norm(dim=-1, keepdim=True) <= CONSTANT * rows.detach().norm(dim=-1, keepdim=True)
+    smallest = ROUNDINGS * torch.finfo(rows.dtype).eps * rows.detach().norm(dim=-1, keepdim=True)
+    constant = centred.detach().norm(dim=-1, keepdim=True) <= smallest
     return centred.masked_fill(constant, 0.0)
 
 

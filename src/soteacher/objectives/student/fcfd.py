@@ -206,7 +206,9 @@ METHOD = Method(
         "a step, in their code two of all paths. Of a student's feature in the teacher's later layers only the logits "
         "are compared, in their code the later stages' features too. Bridges to features that are rectified have no "
         "leaky rectifier at their end, and neither bridges nor the student's layers on a path have running statistics. "
-        "Features of other sizes are resized, and transformers' leading tokens take the patches' average: that is ours."
+        "Of a wide ResNet the stages are taken as they are, in their code with the next "
+        "normalisation. Features of other sizes are resized, and transformers' leading tokens take the patches' "
+        "average: that is ours."
     ),
     terms={
         "cross_entropy": {"weight": 1.0},

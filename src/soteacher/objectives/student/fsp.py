@@ -142,7 +142,8 @@ METHOD = Method(
     role="student",
     title="Flow of the solution procedure: prepared by the teacher's flow matrices, then trained on the labels",
     venue="CVPR 2017",
-    source="Yim, Joo, Bae and Kim, CVPR 2017; weight of RepDistiller's benchmark",
-    differs="RepDistiller's released code prepares with weight 1 and leaves the classifier out of the preparation.",
-    terms={"cross_entropy": {"weight": 1.0}, "fsp": {"weight": 50.0, "stage": "preparation"}},
+    source="Yim, Joo, Bae and Kim, CVPR 2017; weight as RepDistiller's released code uses it",
+    differs="RepDistiller's script names a weight of 50, which its code leaves out of the preparation, the only "
+    "place of the loss; and its preparation leaves the classifier out.",
+    terms={"cross_entropy": {"weight": 1.0}, "fsp": {"weight": 1.0, "stage": "preparation"}},
 )

@@ -101,9 +101,9 @@ class RLDConfig(ObjectiveConfig):
     """How the weight grows over the run; see ``ramp_factor``."""
     temperature: float = Field(default=4.0, gt=0)
     """Softening of both distributions in both parts, dimensionless."""
-    confidence_weight: float = Field(default=1.0, ge=0)
+    confidence_weight: float = Field(default=1.0, gt=0)
     """Factor of the sample confidence."""
-    correlation_weight: float = Field(default=8.0, ge=0)
+    correlation_weight: float = Field(default=8.0, gt=0)
     """Factor of the masked correlation."""
 
     def build(self, task: Task) -> RLD:
