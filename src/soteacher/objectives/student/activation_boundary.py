@@ -128,6 +128,6 @@ METHOD = Method(
     source="Heo, Lee, Yun and Choi, AAAI 2019, arXiv:1811.03233; setting of Tian et al., ICLR 2020, arXiv:1910.10699",
     differs="Connectors are 1x1 convolutions, as in the authors' code; maps of other sizes are averaged or "
     "interpolated, where the benchmark has strided or transposed convolutions. The authors train with softened "
-    "predictions afterwards, the benchmark with labels alone, as here. A stage without a preactivation counts as it is.",
+    "predictions afterwards, the benchmark with labels alone, as here. Stages without preactivations are as they are.",
     terms={"cross_entropy": {}, "activation_boundary": {"weight": 1.0, "stage": "preparation"}},
 )
