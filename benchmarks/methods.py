@@ -11,7 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,7 @@ def _batches(study: Study, made: Assembled, stage: Stage, batch_size: int) -> It
         study.data.train, batch_size=batch_size, augment=study.config.data.augment, seed=0, device="cpu",
         views=made.views(stage),
     )  # fmt: skip
-    return loader.epoch(0)
+    return chain.from_iterable(loader.epoch(epoch) for epoch in count())
 
 
 def _assemble(study: Study, name: str) -> Assembled:

@@ -19,7 +19,8 @@ import yaml
 from soteacher import cli, studies
 from soteacher.errors import InterruptedRunError, WorkerDiedError
 from soteacher.pool import available_cores
-from soteacher.recipes import method_recipe_names, pair_names, read_study, recipe_names, recipe_text
+from soteacher.published_settings import method_recipe_names, pair_names
+from soteacher.recipes import read_study, recipe_names, recipe_text
 
 Answer = tuple[int, str, str]
 

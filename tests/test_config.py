@@ -294,3 +294,22 @@ def test_another_optimiser_is_a_difference() -> None:
 
 def test_the_default_method_of_a_student_is_kd() -> None:
     assert terms_of(Student(model="x")).keys() == {"cross_entropy", "kd"}
+
+
+@pytest.mark.parametrize(
+    ("method", "terms", "message"),
+    [
+        ("sskd", {"sskd": {"stage": "preparation"}}, "sskd goes on in the training from what sskd_head makes in the"),
+        ("sskd", {"sskd_head": None}, "sskd goes on in the training from what sskd_head makes"),
+        ("factor_transfer", {"factor_transfer": {"stage": "preparation"}}, "factor_transfer goes on in the training"),
+        ("factor_transfer", {"paraphraser": {"stage": "training"}}, "add paraphraser with stage: preparation, and"),
+        ("factor_transfer", {"factor_transfer": None}, "nothing takes over what paraphraser makes; add factor_transf"),
+        ("kd", {"sskd_head": {"stage": "preparation"}}, "nothing takes over what sskd_head makes; add sskd, or leave"),
+        ("kd", {"paraphraser": {}}, "nothing takes over what paraphraser makes; add factor_transfer, or leave"),
+        ("fsp", {"activation_boundary": {"stage": "preparation"}}, "prepares the network alone, and "),
+        ("kd", {"kd": None, "cross_entropy": {"stage": "preparation"}}, "every term is of the preparation"),
+    ],
+)
+def test_stages_that_contradict_each_other_are_refused(method: str, terms: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        terms_of(Student(model="resnet8", method=method, terms=terms))

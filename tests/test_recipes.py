@@ -4,23 +4,13 @@ from typing import Any
 import pytest
 import yaml
 
-from soteacher import recipes
+from soteacher import published_settings, recipes
 from soteacher.config import StudyConfig, TrainedTeacher, terms_of
 from soteacher.errors import InputError
 from soteacher.models.zoo import check_network
 from soteacher.objectives import METHODS
-from soteacher.recipes import (
-    DEFAULT_PAIR,
-    Changes,
-    MethodRecipe,
-    method_recipe,
-    method_recipe_names,
-    pair_names,
-    read_study,
-    recipe_description,
-    recipe_names,
-    recipe_text,
-)
+from soteacher.published_settings import Changes, MethodRecipe, method_recipe, method_recipe_names, pair_names
+from soteacher.recipes import DEFAULT_PAIR, read_study, recipe_description, recipe_names, recipe_text
 from soteacher.settings import merge
 
 DISTILLING = [name for name, method in METHODS.items() if method.role == "student" and name != "alone"]
@@ -134,8 +124,10 @@ def test_a_pairs_settings_go_over_those_of_the_network_and_of_all_pairs(monkeypa
         ),
         pairs={"vgg13-mobilenet_v2": Changes(training={"optimizer": {"learning_rate": 0.0025}})},
     )
-    published = recipes.method_recipe
-    monkeypatch.setattr(recipes, "method_recipe", lambda name: recipe if name == recipe.method else published(name))
+    monkeypatch.setattr(recipes, "method_recipe", lambda _: recipe)
+    monkeypatch.setattr(
+        published_settings, "method_recipe", lambda name: recipe if name == recipe.method else method_recipe(name)
+    )
     rates = {}
     for pair in ("vgg13-vgg8", "resnet32x4-shufflenet_v1", "vgg13-mobilenet_v2"):
         study = read_study(recipe.method, pair=pair)

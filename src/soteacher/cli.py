@@ -247,7 +247,8 @@ def recipes(context: typer.Context) -> None:
 @recipes_app.command("list")
 def list_recipes() -> None:
     """List the recipes: whole studies, then methods with their published settings, then their pairs of networks."""
-    from soteacher.recipes import method_recipe_names, pair_names, recipe_description, recipe_names
+    from soteacher.published_settings import method_recipe_names, pair_names
+    from soteacher.recipes import recipe_description, recipe_names
 
     _list([(name, recipe_description(name)) for name in (*recipe_names(), *method_recipe_names())])
     typer.echo(f"--pair, for a method: {', '.join(pair_names())}")

@@ -14,7 +14,7 @@ from soteacher.data import DataConfig
 from soteacher.errors import InputError, unknown_name
 from soteacher.objective import Method, ObjectiveConfig
 from soteacher.objectives import method as method_named
-from soteacher.objectives import objective_config
+from soteacher.objectives import objective_config, objective_configs
 from soteacher.settings import Settings, merge, parse
 from soteacher.train.config import Point, TrainingConfig, epochs_at
 from soteacher.train.logs import LoggerName
@@ -252,6 +252,8 @@ def _check_stages(terms: Mapping[str, ObjectiveConfig], place: str) -> None:
     if not any(config.stage == "training" for config in terms.values()):
         left = "every term is of the preparation" if terms else "every term is left out"
         raise InputError(f"{place}: {left}, and a loss needs one in the training")
+    for name, config in terms.items():
+        _check_handing_over(name, config, terms, place)
     preparing = [name for name, config in terms.items() if config.stage == "preparation"]
     alone = [name for name in preparing if terms[name].prepares_alone]
     if alone and len(preparing) > 1:
@@ -259,6 +261,22 @@ def _check_stages(terms: Mapping[str, ObjectiveConfig], place: str) -> None:
         raise InputError(
             f"{place}: {alone[0]} prepares the network alone, and {other} wants the same stage: leave one out, or set "
             f"stage: training for one of them"
+        )
+
+
+def _check_handing_over(name: str, config: ObjectiveConfig, terms: Mapping[str, ObjectiveConfig], place: str) -> None:
+    """Refuse a term that nothing comes of: what it makes is for nobody, or what it goes on from is not made."""
+    made = config.takes_over
+    if made is not None and (config.stage != "training" or made not in terms or terms[made].stage != "preparation"):
+        raise InputError(
+            f"{place}: {name} goes on in the training from what {made} makes in the preparation: add {made} with "
+            f"stage: preparation, and leave {name} with stage: training"
+        )
+    if config.is_taken_over and not any(other.takes_over == name for other in terms.values()):
+        takers = [key for key, other in objective_configs().items() if other.takes_over == name]
+        raise InputError(
+            f"{place}: nothing takes over what {name} makes; add {' or '.join(takers) or 'a term that does'}, or leave "
+            f"{name} out"
         )
 
 

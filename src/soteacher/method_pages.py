@@ -10,7 +10,9 @@ from typing import Any, cast
 from soteacher.objective import Method, Objective, ObjectiveConfig
 from soteacher.objectives import method, objective_config
 from soteacher.objectives.features import FeatureConfig
+from soteacher.published_settings import method_recipe_names
 
+PAIR = "vgg13-vgg8"
 TAPS: dict[str, str] = {
     "stages": "all stages, those of student and teacher paired from the deepest back",
     "second_stage": "the student's `stage2` and the stage that stands beside it, counted from the deepest back",
@@ -35,6 +37,9 @@ def describe_method(name: str) -> str:
         f"# {found.name}", "", f"{found.title}.", "", f"A {found.role}'s method{venue}. Source: {found.source}.", "",
         *_losses(configs), *_training(found), *_use(found), "",
     ]  # fmt: skip
+    if name in method_recipe_names():
+        shown = f"`soteacher recipes show {name} --pair {PAIR}`"
+        lines += [f"Published settings for the standard pairs, where they are others than these: {shown}.", ""]
     if found.differs:
         lines += ["## What we do differently", "", inline_markdown(found.differs), ""]
     own_first = sorted(configs.items(), key=lambda item: (item[0] != found.name, item[0] == "cross_entropy"))
@@ -105,8 +110,9 @@ def _describe_term(name: str, config: ObjectiveConfig, settings: dict[str, Any])
 
 def _inputs(config: ObjectiveConfig, objective: type[Objective[Any]]) -> Iterator[str]:
     """Yield what an objective reads besides logits and labels: features, further views."""
-    if isinstance(config, FeatureConfig):
-        yield from (f"Taps: {TAPS[config.default_taps]}. See [Networks and taps](../guide/networks.md).", "")
+    taps = TAPS[config.default_taps] if isinstance(config, FeatureConfig) else config.reads
+    if taps:
+        yield from (f"Taps: {taps}. See [Networks and taps](../guide/networks.md).", "")
     if objective.views:
         names = ", ".join(f"`{view}`" for view in objective.views)
         yield from (f"Further views of each image: {names}.", "")

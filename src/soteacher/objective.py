@@ -160,6 +160,12 @@ class ObjectiveConfig(Settings, ABC):
     """Whether the objective reads a teacher."""
     standardizable: ClassVar[bool] = False
     """Whether the objective compares logits with logits and reads nothing in them that standardising would take."""
+    reads: ClassVar[str] = ""
+    """Which taps it reads, in words, where the settings do not choose them."""
+    takes_over: ClassVar[str | None] = None
+    """The objective of the preparation that it continues, and cannot do without."""
+    is_taken_over: ClassVar[bool] = False
+    """Whether it only makes, in the preparation, what another objective takes over."""
     prepares_alone: ClassVar[bool] = False
     """Whether the network's preparation is to follow this objective and no other one."""
 

@@ -267,3 +267,9 @@ def test_methods_are_labels_and_the_objective_with_published_weights(method: Any
     assert config.stage == ("preparation" if method.name == "fsp" else "training")
     assert config == CONFIGS[method.name](weight=config.weight, stage=config.stage)
     assert config.prepares_alone == (method.name == "fsp")
+
+
+def test_attention_wants_maps_with_more_than_one_place(make_pair: Callable[..., Any]) -> None:
+    task = make_pair("same family").task
+    with pytest.raises(InputError, match=r"attention: tap 'pooled' of student wrn_10_1 is \[64, 1, 1\] .* larger maps"):
+        attention.AttentionConfig(student_taps=("pooled",), teacher_taps=("pooled",)).build(task)

@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
+from soteacher.published_settings import published_student
+from soteacher.recipes import recipe_text
 from soteacher.report import published_numbers, read_run, write_report
+from soteacher.settings import read_tree
 
 Edit = Callable[[dict[str, Any]], None]
 
@@ -127,7 +130,7 @@ def test_published_numbers_know_the_fields_spelling(make_run: Callable[..., Path
 
 def _terms(section: str, name: str) -> Edit:
     def edit(config: dict[str, Any]) -> None:
-        config[section][name]["terms"] = {"consistency": None}
+        config[section][name]["terms"] = {"cross_entropy": {"weight": 0.25}}
 
     return edit
 
@@ -211,3 +214,35 @@ def test_write_report_shows_published_numbers(make_run: Callable[..., Path]) -> 
     ]
     assert len(lines) == 12
     assert "Not comparable, because trained for another number of epochs" in page.text
+
+
+def _recipes_student(config: dict[str, Any], **changes: Any) -> None:
+    """Give the student ``kd`` all the terms of KD that its recipe spells out, and some others."""
+    terms = published_student("kd", "wrn_40_2-wrn_40_1")["terms"]
+    config["students"]["kd"]["terms"] = {**terms, **changes}
+
+
+def test_published_settings_are_the_methods_own_where_the_pair_is_that_of_the_recipe(
+    make_run: Callable[..., Path],
+) -> None:
+    assert "student standard-kd" in _arms(_as_cifar(make_run(), edit=_recipes_student))
+
+
+def test_published_numbers_of_a_recipe_run_as_it_is(make_run: Callable[..., Path]) -> None:
+    def as_recipe(config: dict[str, Any]) -> None:
+        study = read_tree(recipe_text("dkd", "wrn_40_2-wrn_40_1"), "dkd")
+        config["students"]["kd"] = study["students"]["dkd"]
+        assert config["students"]["kd"]["terms"]
+
+    folder = _as_cifar(make_run(), edit=as_recipe)
+    results = json.loads((folder / "results.json").read_text())
+    for row in results["rows"]:
+        row["method"] = row["method"].replace("kd", "dkd")
+    (folder / "results.json").write_text(json.dumps(results))
+    assert [line[2] for line in _arms(folder)["student standard-kd"]] != []
+
+
+@pytest.mark.parametrize("changes", [{"kd": {"temperature": 7.0}}, {"cross_entropy": None}, {"nothing": {}}], ids=str)
+def test_no_published_numbers_of_other_terms(make_run: Callable[..., Path], changes: dict[str, Any]) -> None:
+    folder = _as_cifar(make_run(), edit=lambda config: _recipes_student(config, **changes))
+    assert "student standard-kd" not in _arms(folder)

@@ -6,9 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from soteacher.reference import Published, gap_best_last, matching
+from soteacher.errors import InputError
+from soteacher.objectives import method, objective_config
+from soteacher.published_settings import method_recipe_names, pair_names, published_student
+from soteacher.reference import Published, gap_best_last, matching, network_name
 from soteacher.report.record import ROLES, Role, RunRecord
 from soteacher.report.tables import Table, interval, percent
+from soteacher.settings import parse
 from soteacher.statistics import mean_interval
 
 
@@ -37,9 +41,9 @@ class _Arm:
 def published_numbers(record: RunRecord) -> PublishedNumbers | None:
     """Return the published numbers for a run's arms; None where there are none.
 
-    An arm has some only where its configuration is known and is the method's own: no terms of the loss were set, it did
-    not start from published weights, is no earlier state of another network, and neither it nor its teacher saw a part
-    of the data only. A teacher from a file counts as a standard one, and a note says so.
+    An arm has some only where its configuration is known and its terms are the method's own, or those published for its
+    pair of networks: it did not start from published weights, is no earlier state of another network, and neither it
+    nor its teacher saw a part of the data only. A teacher from a file counts as a standard one, and a note says so.
     """
     data = record.config.get("data") or {}
     if any(data.get(key) is not None for key in ("train_examples", "test_examples")):
@@ -77,14 +81,44 @@ def _settings(record: RunRecord, section: str, name: str) -> Mapping[str, Any]:
     return (record.config.get(section) or {}).get(name) or {}
 
 
-def _as_its_method(settings: Mapping[str, Any]) -> bool:
-    """Return whether a network was trained as its method says, from random weights to the end."""
-    return "model" in settings and not (settings.get("terms") or settings.get("pretrained") or "file" in settings)
+def _as_its_method(settings: Mapping[str, Any], name: str, pair: tuple[str, str] | None = None) -> bool:
+    """Return whether a network was trained from random weights with the terms of its method, or those published.
+
+    Args:
+        settings: its configuration.
+        name: the method.
+        pair: the networks of its teacher and its own, where it has a teacher.
+    """
+    if "model" not in settings or settings.get("pretrained") or "file" in settings:
+        return False
+    if not settings.get("terms"):
+        return True
+    try:
+        own = _terms(name, settings["terms"])
+        wanted = [_terms(name, {})]
+        if pair is not None and "-".join(map(network_name, pair)) in pair_names() and name in method_recipe_names():
+            published = published_student(name, "-".join(map(network_name, pair)))
+            wanted.append(_terms(name, published["terms"]))
+    except InputError:  # of a plug-in that is not there any more, or a version that had other settings
+        return False
+    return own in wanted
+
+
+def _terms(method_name: str, changes: Mapping[str, Mapping[str, Any] | None]) -> dict[str, dict[str, Any]]:
+    """Return the settings of all terms of a method with changes laid over them, defaults included."""
+    merged: dict[str, Any] = {name: dict(settings) for name, settings in method(method_name).terms.items()}
+    for name, settings in changes.items():
+        merged[name] = None if settings is None else {**(merged.get(name) or {}), **settings}
+    return {
+        name: parse(objective_config(name), settings).model_dump()
+        for name, settings in merged.items()
+        if settings is not None
+    }
 
 
 def _of_teacher(record: RunRecord, row: Mapping[str, Any]) -> tuple[Published, ...]:
     """Return what was published for a teacher, told from its row."""
-    if not _as_its_method(_settings(record, "teachers", row["arm"])):
+    if not _as_its_method(_settings(record, "teachers", row["arm"]), row["method"]):
         return ()
     return matching(data=row["data"], teacher=row["model"], student=None, method=row["method"])
 
@@ -93,13 +127,16 @@ def _of_student(record: RunRecord, row: Mapping[str, Any]) -> tuple[Published, .
     """Return what was published for a student, told from its row and its teacher's."""
     teacher_arm = row["teacher_arm"]
     name = row["arm"] if teacher_arm is None else row["arm"].removeprefix(f"{teacher_arm}-")
-    if not _as_its_method(_settings(record, "students", name)):
-        return ()
+    own = _settings(record, "students", name)
     if teacher_arm is None:
+        if not _as_its_method(own, row["method"]):
+            return ()
         return matching(data=row["data"], teacher=None, student=row["model"], method=row["method"])
     teachers = [network.row for network in record.of_role("teacher").get(teacher_arm, []) if network.row]
     settings = _settings(record, "teachers", teacher_arm)
-    if not teachers or not (_as_its_method(settings) or "file" in settings):
+    if not teachers or not (_as_its_method(settings, teachers[0]["method"]) or "file" in settings):
+        return ()
+    if not _as_its_method(own, row["method"], (teachers[0]["model"], row["model"])):
         return ()
     return matching(
         data=row["data"],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from soteacher.objective import Method, Objective
-from soteacher.objectives.features import FeatureConfig, TapPair, student_maps, teacher_maps, to_smaller
+from soteacher.objectives.features import FeatureConfig, TapPair, mismatch, student_maps, teacher_maps, to_smaller
 from soteacher.objectives.shapes import check_maps
 from soteacher.objectives.unit_vectors import unit_vectors
 from soteacher.precision import at_least_float32
@@ -60,8 +60,20 @@ class AttentionConfig(FeatureConfig):
     """Settings of :class:`Attention`."""
 
     def build(self, task: Task) -> Attention:
-        """Return the objective for the task's networks, of any channels and sizes."""
-        return Attention(self.pairs(task))
+        """Return the objective for the task's networks, of any channels and sizes.
+
+        Raises:
+            InputError: no pair of maps has more than one place to look at.
+        """
+        pairs = self.pairs(task)
+        if all(1 in (_places(pair.student_shape), _places(pair.teacher_shape)) for pair in pairs):
+            advice = "attention is to places in maps, and one of the two has a single one: choose taps of larger maps"
+            raise mismatch("attention", task, pairs[0], advice)
+        return Attention(pairs)
+
+
+def _places(shape: tuple[int, ...]) -> int:
+    return shape[1] * shape[2]
 
 
 @final

@@ -172,8 +172,8 @@ METHOD = Method(
     venue="CVPR 2023",
     source="Guo, Yan, Li and Lin, CVPR 2023, arXiv:2304.12777; weight and resolution of the authors' code for "
     "ResNet50 -> MobileNetV2",
-    differs="Maps are normalised for every pair, with one weight; the authors choose both by the pair and do not "
-    "normalise within a family. The classifiers' biases are part of the maps, so that their mean is the logit; the "
+    differs="By default maps are normalised, with one weight; the authors choose both by the pair and do not normalise "
+    "within a family. The classifiers' biases are part of the maps, so that their mean is the logit; the "
     "authors rebuild their networks with classifiers that have none.",
     terms={"cross_entropy": {}, "cat": {"weight": 40.0}},
 )

@@ -165,8 +165,8 @@ METHOD = Method(
     venue="CVPR 2022",
     source="Zhao, Cui, Song, Qiu and Liang, CVPR 2022, arXiv:2203.08679; default weights of the authors' code",
     differs=(
-        "One weight for the other classes, 8, serves all pairs; the authors' code has another one for some pairs: 6 "
-        "for WRN-40-2 to WRN-16-2. The warm-up of 20 epochs of 240 scales with the length of the run."
+        "The default weight of the other classes is 8; the authors' code has others for some pairs, 6 for WRN-40-2 to "
+        "WRN-16-2. The warm-up of 20 epochs of 240 scales with the length of the run."
     ),
     terms={
         "cross_entropy": {"weight": 1.0},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -55,6 +55,7 @@ def _normalized(factor: Tensor) -> Tensor:
 class FactorTransferConfig(FeatureConfig):
     """Settings of :class:`FactorTransfer`."""
 
+    takes_over: ClassVar[str | None] = "paraphraser"
     default_taps = "last_stage"
     factor_rate: float = Field(default=0.5, gt=0)
     """Channels of the factors as a share of the teacher's channels; the same as that of ``paraphraser``."""

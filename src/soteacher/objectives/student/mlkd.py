@@ -111,8 +111,9 @@ METHOD = Method(
     source="Jin, Wang and Lin, CVPR 2023, Multi-Level Logit Distillation; weights and temperatures as released",
     differs=(
         "Published rows are runs of 480 epochs on two views of each image (the released settings say 240 for some "
-        "pairs), with half the usual learning rate; compare with methods of equal cost. The authors' code takes the "
-        "strong view at temperatures 3, 4 and 5 and repeats the weak one at 2 and 6; here both views are taken at all."
+        "pairs), with a half or less of the usual learning rate; compare with methods of equal cost. The authors' "
+        "code takes the strong view at temperatures 3, 4 and 5 and repeats the weak one at 2 and 6; here both views "
+        "are taken at all."
     ),
     terms={
         "cross_entropy": {"weight": 0.1},

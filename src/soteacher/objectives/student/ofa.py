@@ -54,6 +54,7 @@ def enhanced_target_cross_entropy(
 class OFAConfig(ObjectiveConfig):
     """Settings of :class:`OFA`."""
 
+    reads: ClassVar[str] = "all stages of the student"
     needs_teacher: ClassVar[bool] = True
     exponent: float = Field(default=1.5, gt=0)
     """How much the label's share of the teacher's predictions is enhanced; 1: not at all."""

@@ -97,6 +97,8 @@ class FactorDecoder(nn.Module):
 class ParaphraserConfig(ObjectiveConfig):
     """Settings of :class:`Paraphraser`."""
 
+    is_taken_over: ClassVar[bool] = True
+    reads: ClassVar[str] = "the teacher's last stage, or `teacher_tap`"
     needs_teacher: ClassVar[bool] = True
     stage: Stage = "preparation"
     """When the term counts: in the ``preparation``, so that ``factor_transfer`` finds it trained."""

@@ -161,7 +161,7 @@ METHOD = Method(
     title="Knowledge review: fused levels of the student match each level of the teacher",
     venue="CVPR 2021",
     source="Chen, Liu, Zhao and Jia, CVPR 2021, arXiv:2104.09044; the weight that most of the authors' scripts have",
-    differs="The weight is 5 for every pair; the authors' is 0.6 to 8, by the pair. It grows from a twentieth in the "
+    differs="The default weight is 5; the authors' is 0.6 to 8, by the pair. It grows from a twentieth in the "
     "first of 20 (of 240) epochs, theirs from zero. Their batches hold 128 examples and their momentum is Nesterov's.",
     terms={"cross_entropy": {}, "review": {"weight": 5.0, "ramp": "warmup"}},
 )

@@ -183,8 +183,8 @@ METHOD = Method(
     venue="CVPR 2024",
     source="Wei, Luo and Luo, CVPR 2024, arXiv:2403.13512 (SD-KD); weights of kd in mdistiller, which its code extends",
     differs=(
-        "All pairs take scales 1, 2 and 4; the authors' code takes 1 and 2 for some. Maps smaller than a grid leave "
-        "that grid out."
+        "The default scales are 1, 2 and 4; the authors' code takes 1 and 2 for some pairs. Maps smaller than a "
+        "grid leave that grid out."
     ),
     terms={
         "cross_entropy": {"weight": 0.1},

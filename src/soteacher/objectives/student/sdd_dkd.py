@@ -14,8 +14,8 @@ METHOD = Method(
         "of dkd in mdistiller, which its code extends"
     ),
     differs=(
-        "All pairs take scales 1, 2 and 4; the authors' code takes 1 and 2 for some. The warm-up of 20 epochs of 240 "
-        "scales with the length of the run."
+        "The default scales are 1, 2 and 4; the authors' code takes 1 and 2 for some pairs. The warm-up of 20 "
+        "epochs of 240 scales with the length of the run."
     ),
     terms={
         "cross_entropy": {"weight": 1.0},

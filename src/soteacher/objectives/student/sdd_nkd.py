@@ -14,9 +14,10 @@ METHOD = Method(
         "of nkd, warm-up as released"
     ),
     differs=(
-        "All pairs take scales 1, 2 and 4; the authors' code takes 1 and 2 for some. There the label's class stays "
-        "among the other classes, and temperature and weight are read from the settings of dkd (4 and 8 by default); "
-        "here it is left out, as in nkd, with nkd's 1 and 1.5. The warm-up scales with the length of the run."
+        "The default scales are 1, 2 and 4; the authors' code takes 1 and 2 for some pairs. There the label's class "
+        "stays among the other classes, and temperature and weight are read from the settings of dkd (4 and 8 by "
+        "default); here it is left out, as in nkd, with nkd's 1 and 1.5. The warm-up scales with the length of the "
+        "run."
     ),
     terms={
         "cross_entropy": {"weight": 1.0},

@@ -138,6 +138,7 @@ class LayerProjection(nn.Module):
 class SemCKDConfig(ObjectiveConfig):
     """Settings of :class:`SemCKD`."""
 
+    reads: ClassVar[str] = "all stages of both networks, each with each"
     needs_teacher: ClassVar[bool] = True
     student_taps: tuple[str, ...] | None = None
     """Taps of the student, each of which learns from all of the teacher's; null: its stages."""

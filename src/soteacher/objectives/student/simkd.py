@@ -44,6 +44,7 @@ def projected_distance(projected: Tensor, teacher_feature: Tensor) -> Tensor:
 class SimKDConfig(ObjectiveConfig):
     """Settings of :class:`SimKD`."""
 
+    reads: ClassVar[str] = "the student's `projected` and the teacher's `maps`, or `pooled` where a network has no maps"
     needs_teacher: ClassVar[bool] = True
     reduction: int = Field(default=2, ge=1)
     """The projector's inner channels are the teacher's divided by this."""

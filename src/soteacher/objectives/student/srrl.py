@@ -78,6 +78,7 @@ def softmax_regression_distance(
 class SRRLConfig(ObjectiveConfig):
     """Settings of :class:`SRRL`."""
 
+    reads: ClassVar[str] = "the student's `maps`, or `pooled` where it has none, and the teacher's `pooled`"
     needs_teacher: ClassVar[bool] = True
     matching_weight: float = Field(default=1.0, gt=0)
     """Factor of the distance of the pooled features."""

@@ -90,6 +90,8 @@ def selected_divergence(
 class SSKDConfig(ObjectiveConfig):
     """Settings of :class:`SSKD`."""
 
+    takes_over: ClassVar[str | None] = "sskd_head"
+    reads: ClassVar[str] = "`pooled` of both networks, also of the turned images"
     needs_teacher: ClassVar[bool] = True
     rotated_weight: float = Field(default=2.7, gt=0)
     """Factor of the divergence on the rotated views."""

@@ -102,6 +102,8 @@ class SelfSupervisionHead(nn.Module):
 class SSKDHeadConfig(ObjectiveConfig):
     """Settings of :class:`SSKDHead`."""
 
+    is_taken_over: ClassVar[bool] = True
+    reads: ClassVar[str] = "`pooled` of the teacher, also of the turned images"
     needs_teacher: ClassVar[bool] = True
     stage: Stage = "preparation"
     """When the head is trained: in the ``preparation``, as the student's training takes it over finished."""
