@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -141,3 +142,20 @@ def test_training_settings_say_what_came_and_what_was_wanted(settings: dict[str,
         parse(TrainingConfig, settings)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_weights_may_get_their_first_gradient_late(momentum: float) -> None:
+    weights = [nn.Parameter(torch.tensor([1.0, 2.0])) for _ in range(3)]
+    config = SGDConfig(learning_rate=0.1, momentum=momentum, weight_decay=0.01)
+    optimizer = build_optimizer(config, weights)
+    expected, velocities = [np.array([1.0, 2.0]) for _ in weights], [np.zeros(2) for _ in weights]
+    for step, trained in enumerate([(0,), (0, 1), (1,), (0, 2)]):
+        for place, weight in enumerate(weights):
+            weight.grad = torch.full((2,), step + 1.0) if place in trained else None
+        optimizer.step()
+        for place in trained:
+            velocities[place] = momentum * velocities[place] + (step + 1.0) + 0.01 * expected[place]
+            expected[place] = expected[place] - 0.1 * velocities[place]
+    for weight, value in zip(weights, expected, strict=True):
+        np.testing.assert_allclose(weight.detach().numpy(), value, rtol=1e-6)

@@ -169,6 +169,8 @@ def _read_pickle(path: Path) -> Any:
             return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # damaged bytes can make the unpickler and the archive reader raise anything
         reason = _one_line(error)
+        if not re.search(r"[^\W\d]{2}", reason):  # a KeyError of the unpickler says a byte's number and no more
+            reason = f"{type(error).__name__} {reason}"
         code = "a TorchScript archive" if "TorchScript" in str(error) else None
         if isinstance(error, pickle.UnpicklingError):  # its message advises to run the code, so only the cause is taken
             named = re.search(r"GLOBAL ([\w.]+)", str(error))

@@ -144,10 +144,26 @@ def build_optimizer(config: SGDConfig | AdamWConfig, parameters: Iterable[nn.Par
             trainable, lr=config.learning_rate, momentum=config.momentum,
             momentum_difference=config.momentum_difference, weight_decay=config.weight_decay,
         )  # fmt: skip
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         trainable, lr=config.learning_rate, momentum=config.momentum, nesterov=config.nesterov,
         weight_decay=config.weight_decay, fused=True,
     )  # fmt: skip
+    if config.momentum:
+        optimizer.register_step_pre_hook(_begin_momenta)
+    return optimizer
+
+
+def _begin_momenta(optimizer: torch.optim.Optimizer, *call: Any) -> None:
+    """Let weights that get their first gradient now start with no momentum.
+
+    PyTorch's fused kernel wants the momenta of all weights to begin in the same step; the layers of an objective that
+    draws its way may not. From zero the first step is what it would have been.
+    """
+    del call
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and "momentum_buffer" not in optimizer.state[parameter]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def learning_rate(config: TrainingConfig, *, epoch: int, step: int, steps_per_epoch: int) -> float:
