@@ -1,4 +1,5 @@
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from soteacher.config import to_yaml
 from soteacher.files import write_text
 from soteacher.jobs import Job
 from soteacher.recipes import read_study
+from soteacher.statistics import summarise
 from soteacher.terminal import DownloadBar, ProgressDisplay, print_results
 
 JOB = Job("student", "standard-kd", 0)
@@ -116,8 +118,6 @@ def _row(role: str, arm: str, teacher: str | None, accuracy: float) -> dict[str,
 def test_results_show_every_arm_and_a_sentence_for_each_comparison(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from soteacher.statistics import summarise
-
     rows = [_row("teacher", "standard", None, 0.5), _row("student", "alone", None, 0.25)]
     rows.append(_row("student", "standard-kd", "standard", 0.75))
     results = {
@@ -125,12 +125,37 @@ def test_results_show_every_arm_and_a_sentence_for_each_comparison(
         "summary": summarise(rows, {"alone": "standard-kd", "standard-kd": None}),
         "skipped_images": [],
     }
+    (tmp_path / "results.json").write_text(json.dumps(results))
     print_results(results, tmp_path)
     shown = capsys.readouterr().out
     assert "standard-kd" in shown
     assert "75.00" in shown
     assert "alone: 25.00 %" in shown
     assert shown.endswith(f"report: {tmp_path / 'report.html'}\n")
+
+
+def test_results_show_costs_and_published_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arms = {"kd": 0.1, "dkd": 0.25}
+    pair = {"data": "cifar100", "model": "wrn_16_2", "extra_parameters": 0}
+    rows = [_row("teacher", "standard", None, 0.75) | {"data": "cifar100", "model": "wrn_40_2", "method": "standard"}]
+    for name, seconds in arms.items():
+        row = _row("student", f"standard-{name}", "standard", 0.7)
+        rows.append(row | pair | {"method": name, "seconds_per_step": seconds})
+    config = {
+        "data": {"source": "cifar100"},
+        "teachers": {"standard": {"model": "wrn_40_2"}},
+        "students": {name: {"model": "wrn_16_2", "method": name} for name in arms},
+    }
+    results = {
+        "rows": rows, "skipped_images": [],
+        "summary": summarise(rows, {"standard-kd": None, "standard-dkd": "standard-kd"}),
+    }  # fmt: skip
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    print_results(results, tmp_path)
+    shown = capsys.readouterr().out
+    assert "2.50" in shown  # steps of kd
+    assert "76.24" in shown  # mdistiller's number for DKD on this pair
 
 
 def test_results_of_teachers_alone_are_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

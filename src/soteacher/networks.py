@@ -78,22 +78,18 @@ def _train(
     should_stop: Callable[[], bool],
 ) -> None:
     """Put a network, its loss, its data and its teacher together, run the loop, save what comes out."""
-    training, teacher = study.config.training_of(spec), _teacher(study, job)
-    made = assemble(
-        study, spec, role=job.role, seed=job.seed, teacher=teacher[0] if teacher else None,
-        teacher_name=f"teacher {teacher[1].model}" if teacher else "",
-    )  # fmt: skip
+    training, (teacher, title) = study.config.training_of(spec), _teacher(study, job)
+    made = assemble(study, spec, role=job.role, seed=job.seed, teacher=teacher, teacher_name=title)
     fingerprint = _fingerprint(study, job, made, spec)
     resume = study.folder_of(job) / "resume"
     preparation = Checkpoint(resume / "preparation", fingerprint)
     checkpoint = Checkpoint(resume, fingerprint)
     memory = PeakMemory(study.device)
-    frozen = teacher[0] if teacher else None
     before = _prepare(
-        study, job, made, frozen, training, preparation, on_event=on_event, should_stop=should_stop
-    ) if made.stage("preparation") else []  # fmt: skip
+        study, job, made, teacher, training, preparation, on_event=on_event, should_stop=should_stop
+    )  # fmt: skip
     made.start_training()
-    trainee = make_trainee(study, job, made, frozen, training, "training")
+    trainee = make_trainee(study, job, made, teacher, training, "training")
     batches = _batches(study, job, made, training, "training")
     history = _fit(
         study, job, trainee, batches, made.classifier, checkpoint, on_event=on_event, should_stop=should_stop
@@ -126,10 +122,12 @@ def _prepare(
     on_event: OnEvent,
     should_stop: Callable[[], bool],
 ) -> list[dict[str, Any]]:
-    """Run the stage before the training, or take up what it has left.
+    """Run the stage before the training, if there is one, or take up what it has left; return its epochs' figures.
 
     A state that is finished stays until the network is: a resumed training begins from it again.
     """
+    if not made.stage("preparation"):
+        return []
     own = training.preparation()
     first = {name: tensor.clone() for name, tensor in made.classifier.state_dict().items()}
     trainee = make_trainee(study, job, made, teacher, own, "preparation")
@@ -160,13 +158,13 @@ def _batches(study: Study, job: Job, made: Assembled, training: TrainingConfig, 
     )  # fmt: skip
 
 
-def _teacher(study: Study, job: Job) -> tuple[Classifier, NetworkSpec] | None:
-    """Return a student's trained teacher, frozen."""
+def _teacher(study: Study, job: Job) -> tuple[Classifier | None, str]:
+    """Return a student's trained teacher, frozen, and how messages call it; none for a network without a teacher."""
     teacher = _teacher_job(study, job)
     if teacher is None:
-        return None
+        return None, ""
     classifier, network = load_finished(study, teacher)
-    return classifier.requires_grad_(False).eval(), network
+    return classifier.requires_grad_(False).eval(), f"teacher {network.model}"
 
 
 def make_trainee(

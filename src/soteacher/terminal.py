@@ -13,7 +13,7 @@ from rich.table import Table
 
 from soteacher import report
 from soteacher.jobs import Job, jobs_of
-from soteacher.report import cost_table, summary_sentence, summary_table
+from soteacher.report import cost_table, published_numbers, read_run, summary_sentence, summary_table
 from soteacher.run_folder import LOG, network_folder, read_config
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -165,7 +165,9 @@ def print_results(results: dict[str, Any], run: Path) -> None:
     console = Console(width=None if Console().is_terminal else 160)
     teachers = [row for row in results["rows"] if row["role"] == "teacher"]
     if results["summary"]:
-        for table in (summary_table(results), cost_table(results)):
+        published = published_numbers(read_run(run))
+        tables = [summary_table(results), cost_table(results), *([published.table] if published else [])]
+        for table in tables:
             if table.rows:
                 console.print(_drawn(table))
         for entry in results["summary"]:
