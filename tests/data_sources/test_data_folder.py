@@ -164,7 +164,7 @@ def test_decoding_outlasts_signals_to_all_processes_and_ends_with_the_iteration(
     wanted = _batches(data)
     loader = TrainLoader(data.train, batch_size=5, augment=DEFAULT, seed=0, device="cpu", workers=2)
     batches = loader.epoch(1)
-    found = [next(batches)]
+    found = [next(batches), next(batches)]  # one of each process: both are past their start
     processes = _workers_of_this_process()
     assert len(processes) == 2
     for process in processes:
