@@ -331,7 +331,7 @@ def test_an_error_of_ours_keeps_its_trace(soteacher, tmp_path: Path, monkeypatch
 
 
 # From here on whole processes, killed for good. Two teachers and their students, long enough to be caught at work.
-EPOCHS = 4
+EPOCHS = 12
 
 
 class Process:
@@ -403,7 +403,7 @@ def test_a_killed_run_with_workers_resumes_bit_for_bit(tmp_path: Path, unbroken,
     first.wait_until(epochs=2)
     first.process.kill()  # the workers are left alone, and leave
     assert first.end()[0] == -signal.SIGKILL
-    assert not list(run.rglob("model.json"))
+    assert len(list(run.rglob("model.json"))) < len(list(whole.rglob("model.json")))  # it came in the middle
 
     second = Process(study, run, *words, "--resume")
     second.wait_until(epochs=EPOCHS + 3)
