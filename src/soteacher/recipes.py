@@ -68,7 +68,7 @@ def recipe_text(name: str, pair: str | None = None) -> str:
 def recipe_description(name: str) -> str:
     """Return what a recipe is for, or where a method's settings were published."""
     if name in recipe_names():
-        return str(_read_packaged(name).get("description", "")).strip()
+        return str(read_tree(recipe_text(name), f"recipe {name}").get("description", "")).strip()
     recipe = method_recipe(name)
     return f"On {len(standard_pairs().pairs) - len(recipe.unsuitable)} CIFAR-100 pairs; settings: {recipe.source}"
 
@@ -154,7 +154,3 @@ def _description(recipe: MethodRecipe, teacher: str, student: str) -> str:
         f"{recipe.method} with its published settings on CIFAR-100, {teacher} -> {student}, beside {beside}. "
         f"Settings: {recipe.source}. Published numbers: {recipe.protocol}.{unchecked} Made for a GPU."
     )
-
-
-def _read_packaged(path: str) -> dict[str, Any]:
-    return read_tree((_FOLDER / f"{path}.yaml").read_text(encoding="utf-8"), f"recipe {path}")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from soteacher.errors import InputError
-from soteacher.models.family import Family, FamilyNetwork, Tap, initialize, preactivations_of_blocks
+from soteacher.models.family import Family, FamilyNetwork, Tap, initialize, preactivations_of_blocks, stage_of_blocks
 
 NAMES = ("resnet50", "ResNet50")
 """Our name, and the field's for the same network."""
@@ -73,10 +73,18 @@ class BottleneckResNet(FamilyNetwork):
         self.conv1 = nn.Conv2d(in_channels, STEM_CHANNELS, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
         self.relu = nn.ReLU()
-        self.layer1 = _stage(STEM_CHANNELS, first, STAGE_BLOCKS[0], stride=1)
-        self.layer2 = _stage(EXPANSION * first, second, STAGE_BLOCKS[1], stride=2)
-        self.layer3 = _stage(EXPANSION * second, third, STAGE_BLOCKS[2], stride=2)
-        self.layer4 = _stage(EXPANSION * third, fourth, STAGE_BLOCKS[3], stride=2)
+        self.layer1 = stage_of_blocks(
+            BottleneckBlock, STEM_CHANNELS, first, STAGE_BLOCKS[0], stride=1, expansion=EXPANSION
+        )
+        self.layer2 = stage_of_blocks(
+            BottleneckBlock, EXPANSION * first, second, STAGE_BLOCKS[1], stride=2, expansion=EXPANSION
+        )
+        self.layer3 = stage_of_blocks(
+            BottleneckBlock, EXPANSION * second, third, STAGE_BLOCKS[2], stride=2, expansion=EXPANSION
+        )
+        self.layer4 = stage_of_blocks(
+            BottleneckBlock, EXPANSION * third, fourth, STAGE_BLOCKS[3], stride=2, expansion=EXPANSION
+        )
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(EXPANSION * fourth, num_classes)
         initialize(self)
@@ -90,13 +98,6 @@ class BottleneckResNet(FamilyNetwork):
     def preactivations(self) -> dict[str, Tap]:
         """Return where the sums of the stages' last blocks are, before the rectifier."""
         return preactivations_of_blocks(self)
-
-
-def _stage(in_channels: int, channels: int, num_blocks: int, *, stride: int) -> nn.Sequential:
-    """Return a stage whose first block changes channels and sides."""
-    first = BottleneckBlock(in_channels, channels, stride=stride)
-    others = (BottleneckBlock(EXPANSION * channels, channels, stride=1) for _ in range(num_blocks - 1))
-    return nn.Sequential(first, *others)
 
 
 def build_bottleneck_resnet(name: str, *, num_classes: int, in_channels: int) -> BottleneckResNet:

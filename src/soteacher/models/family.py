@@ -65,6 +65,31 @@ class Family:
     build: Builder
 
 
+class BlockBuilder(Protocol):
+    """How a block is made: a block's class."""
+
+    def __call__(self, in_channels: int, channels: int, *, stride: int) -> nn.Module:
+        """Return a block with new weights."""
+        ...
+
+
+def stage_of_blocks(
+    block: BlockBuilder, in_channels: int, channels: int, num_blocks: int, *, stride: int, expansion: int = 1
+) -> nn.Sequential:
+    """Return a stage whose first block changes channels and sides.
+
+    Args:
+        block: makes a block; it puts out ``expansion`` times its channels.
+        in_channels: of the stage's input.
+        channels: of each block.
+        num_blocks: how many.
+        stride: of the first block.
+        expansion: see ``block``.
+    """
+    first = block(in_channels, channels, stride=stride)
+    return nn.Sequential(first, *(block(expansion * channels, channels, stride=1) for _ in range(num_blocks - 1)))
+
+
 def preactivations_of_blocks(network: FamilyNetwork) -> dict[str, Tap]:
     """Return the preactivations of stages that are sequences of blocks: what the last block's ``relu`` takes in."""
     stages = {name: module for name, module in network.feature_modules.items() if name.startswith("stage")}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from soteacher.errors import InputError
+from soteacher.models.parts import evaluating
 from soteacher.models.taps import Tapped, find_taps, resolve_taps
 from soteacher.types import NetworkFacts
 
@@ -65,13 +66,10 @@ class _Shapes(Mapping[str, tuple[int, ...]]):
     def _look(self, names: list[str]) -> dict[str, tuple[int, ...]]:
         """Run the network once, in evaluation mode, and leave it as it was."""
         tapped = Tapped(self._network, resolve_taps(self._network, names))
-        training = {module: module.training for module in self._network.modules()}
-        self._network.eval()
         try:
-            logits, features = tapped(self._images)
+            with evaluating(self._network):
+                logits, features = tapped(self._images)
         finally:
             tapped.close()
-            for module, mode in training.items():
-                module.training = mode
         self.num_logits = logits.shape[1]
         return {name: tuple(feature.shape[1:]) for name, feature in features.items()}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from soteacher.errors import InputError
-from soteacher.models.family import Family, FamilyNetwork, Tap, initialize, preactivations_of_blocks
+from soteacher.models.family import Family, FamilyNetwork, Tap, initialize, preactivations_of_blocks, stage_of_blocks
 
 
 class BasicBlock(nn.Module):
@@ -73,9 +73,9 @@ class ResNet(FamilyNetwork):
         self.conv1 = nn.Conv2d(in_channels, stem_channels, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(stem_channels)
         self.relu = nn.ReLU()
-        self.layer1 = _stage(stem_channels, first, blocks_per_stage, stride=1)
-        self.layer2 = _stage(first, second, blocks_per_stage, stride=2)
-        self.layer3 = _stage(second, third, blocks_per_stage, stride=2)
+        self.layer1 = stage_of_blocks(BasicBlock, stem_channels, first, blocks_per_stage, stride=1)
+        self.layer2 = stage_of_blocks(BasicBlock, first, second, blocks_per_stage, stride=2)
+        self.layer3 = stage_of_blocks(BasicBlock, second, third, blocks_per_stage, stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(third, num_classes)
         initialize(self)
@@ -89,12 +89,6 @@ class ResNet(FamilyNetwork):
     def preactivations(self) -> dict[str, Tap]:
         """Return where the sums of the stages' last blocks are, before the rectifier."""
         return preactivations_of_blocks(self)
-
-
-def _stage(in_channels: int, channels: int, num_blocks: int, *, stride: int) -> nn.Sequential:
-    """Return a stage whose first block changes channels and sides."""
-    first = BasicBlock(in_channels, channels, stride=stride)
-    return nn.Sequential(first, *(BasicBlock(channels, channels, stride=1) for _ in range(num_blocks - 1)))
 
 
 def _numbers(name: str) -> tuple[int, int] | None:

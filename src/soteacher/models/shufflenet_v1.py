@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from soteacher.errors import InputError
-from soteacher.models.family import Family, FamilyNetwork, Tap, preactivations_of_blocks
+from soteacher.models.family import Family, FamilyNetwork, Tap, preactivations_of_blocks, stage_of_blocks
 
 NAMES = ("shufflenet_v1", "ShuffleV1", "ShuffleNetV1")
 """Our name, and the field's for the same network."""
@@ -76,9 +76,9 @@ class ShuffleNetV1(FamilyNetwork):
         self.conv1 = nn.Conv2d(in_channels, STEM_CHANNELS, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
         self.relu = nn.ReLU()
-        self.layer1 = _stage(STEM_CHANNELS, first, STAGE_BLOCKS[0])
-        self.layer2 = _stage(first, second, STAGE_BLOCKS[1])
-        self.layer3 = _stage(second, third, STAGE_BLOCKS[2])
+        self.layer1 = stage_of_blocks(ShuffleUnit, STEM_CHANNELS, first, STAGE_BLOCKS[0], stride=2)
+        self.layer2 = stage_of_blocks(ShuffleUnit, first, second, STAGE_BLOCKS[1], stride=2)
+        self.layer3 = stage_of_blocks(ShuffleUnit, second, third, STAGE_BLOCKS[2], stride=2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(third, num_classes)
 
@@ -91,12 +91,6 @@ class ShuffleNetV1(FamilyNetwork):
     def preactivations(self) -> dict[str, Tap]:
         """Return where the sums of the stages' last blocks are, before the rectifier."""
         return preactivations_of_blocks(self)
-
-
-def _stage(in_channels: int, channels: int, num_blocks: int) -> nn.Sequential:
-    """Return a stage whose first block changes channels and sides."""
-    first = ShuffleUnit(in_channels, channels, stride=2)
-    return nn.Sequential(first, *(ShuffleUnit(channels, channels, stride=1) for _ in range(num_blocks - 1)))
 
 
 def build_shufflenet_v1(name: str, *, num_classes: int, in_channels: int) -> ShuffleNetV1:

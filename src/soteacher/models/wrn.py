@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from soteacher.errors import InputError
-from soteacher.models.family import Family, FamilyNetwork, Tap, initialize
+from soteacher.models.family import Family, FamilyNetwork, Tap, initialize, stage_of_blocks
 
 
 class WideBlock(nn.Module):
@@ -86,9 +86,9 @@ class WideResNet(FamilyNetwork):
 
 def _group(in_channels: int, channels: int, num_blocks: int, *, stride: int) -> nn.Sequential:
     """Return a group whose first block changes channels and sides."""
-    first = WideBlock(in_channels, channels, stride=stride)
-    blocks = nn.Sequential(first, *(WideBlock(channels, channels, stride=1) for _ in range(num_blocks - 1)))
-    return nn.Sequential(OrderedDict(layer=blocks))
+    return nn.Sequential(
+        OrderedDict(layer=stage_of_blocks(WideBlock, in_channels, channels, num_blocks, stride=stride))
+    )
 
 
 def _numbers(name: str) -> tuple[int, int] | None:
