@@ -72,6 +72,7 @@ def tiny_tree(tiny_data: Path) -> Callable[..., dict[str, Any]]:
                 "kd": {"model": "resnet8", "method": "kd"},
             },
             "logging": [],
+            "card": None,
         }
         return copy.deepcopy(tree) | over
 

@@ -243,3 +243,130 @@ def test_a_foreign_teacher_may_bring_its_own_normalisation(tmp_path: Path, tiny_
     soteacher.run(tree, tmp_path / "run")
     network = json.loads((tmp_path / "run/teachers/given/seed0/model.json").read_text())["network"]
     assert (network["mean"], network["std"]) == ([0.25], [0.5])
+
+
+LOOK = {"views": 2, "most_different": 2}
+
+
+@pytest.fixture
+def no_card_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the card's page out, which takes longer than the card."""
+    monkeypatch.setattr("soteacher.report.card_page.write_card_page", lambda folder: folder / "card.html")
+
+
+def _without_seconds(card: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in card.items() if key != "seconds"}
+
+
+@pytest.mark.usefixtures("no_card_page")
+def test_card_of_a_run_a_file_a_foreign_checkpoint_and_a_module(tmp_path: Path, data: dict[str, Any]) -> None:
+    results = soteacher.teach(
+        "resnet8", data, tmp_path / "run", training=TRAINING, settings=["logging=[]", "card=null"]
+    )
+    made = soteacher.card(tmp_path / "run", data, tmp_path / "card", look=LOOK, device="cpu")
+    assert json.loads((tmp_path / "card/card.json").read_text()) == made
+    assert made["figures"]["test"]["accuracy"] == results["rows"][0]["accuracy_last"]
+    assert made["figures"]["test"]["nll"] == pytest.approx(results["rows"][0]["nll"])
+    weights = tmp_path / "run/teachers/soteacher/seed0/model.safetensors"
+    again = soteacher.card(weights, data, tmp_path / "card", look=LOOK, device="cpu")  # a card may be made again
+    assert _without_seconds(again) == _without_seconds(made)
+    classifier = soteacher.load(tmp_path / "run")
+    torch.save(classifier.network.state_dict(), tmp_path / "theirs.pth")
+    with pytest.raises(InputError, match=r"theirs\.pth does not say which network it is: name its model"):
+        soteacher.card(tmp_path / "theirs.pth", data, tmp_path / "other")
+    foreign = soteacher.card(tmp_path / "theirs.pth", data, tmp_path / "b", model="resnet8", look=LOOK, device="cpu")
+    assert foreign["figures"] == made["figures"]
+    for module in (classifier, classifier.network):
+        own = soteacher.card(module, data, tmp_path / "c", look=LOOK, device="cpu")
+        assert (own["figures"], own["network"]["model"]) == (made["figures"], "ResNet")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.usefixtures("no_card_page")
+def test_card_draws_the_views_that_the_network_was_trained_with(tmp_path: Path, data: dict[str, Any]) -> None:
+    still = data | {"augment": {"crop_padding": 0, "horizontal_flip": False}}
+    soteacher.teach("resnet8", still, tmp_path / "run", training=TRAINING, settings=["logging=[]", "card=null"])
+    made = soteacher.card(tmp_path / "run", data["path"], tmp_path / "card", look=LOOK)
+    assert made["sampled"]["views"] == 0
+    settings = ["data.augment.horizontal_flip=true", "card.views=3"]
+    other = soteacher.card(tmp_path / "run", data["path"], tmp_path / "card", look=LOOK, settings=settings)
+    assert other["sampled"]["views"] == 3
+
+
+@pytest.mark.usefixtures("no_card_page")
+def test_a_card_takes_for_training_images_those_that_the_network_was_trained_on(
+    tmp_path: Path, data: dict[str, Any], tiny_arrays: dict[str, np.ndarray], tiny_network
+) -> None:
+    results = soteacher.teach(
+        tiny_network, data | {"train_examples": 15}, tmp_path / "run", training=TRAINING, method="standard",
+        settings=["logging=[]", "card=null"],
+    )  # fmt: skip
+    options = {"model": tiny_network, "look": LOOK}
+    made = soteacher.card(tmp_path / "run", data["path"], tmp_path / "card", **options)
+    assert made["data"]["train_examples"] == 15
+    assert made["figures"]["train"]["accuracy"] == results["rows"][0]["train_accuracy"]
+    made = soteacher.card(tmp_path / "run", data | {"train_examples": 30}, tmp_path / "card", **options)
+    assert made["data"]["train_examples"] == 30
+    np.savez(tmp_path / "other.npz", **tiny_arrays)
+    made = soteacher.card(tmp_path / "run", str(tmp_path / "other.npz"), tmp_path / "card", **options)
+    assert made["data"]["train_examples"] == 40
+
+
+@pytest.mark.usefixtures("no_card_page")
+def test_card_beside_out_of_fold_predictions(tmp_path: Path, data: dict[str, Any], tiny_network) -> None:
+    soteacher.teach(
+        tiny_network, data, tmp_path / "run", training=TRAINING, method="standard", settings=["logging=[]", "card=null"]
+    )
+    folds = {"folds": 2, "epochs": 1, "training": {"batch_size": 16}}
+    told: list[int] = []
+    options = {"look": LOOK, "folds": folds, "on_fold": lambda fold, *_: told.append(fold)}
+    made = soteacher.card(tmp_path / "run", data, tmp_path / "card", model=tiny_network, **options)
+    assert set(told) == {0, 1}
+    assert made["figures"]["distance"].keys() == {"train_out_of_fold"}
+    assert (tmp_path / "card/out_of_fold/predictions.npz").exists()
+    told.clear()
+    again = soteacher.card(tmp_path / "run", data, tmp_path / "card", model=tiny_network, **options)
+    assert (told, again["figures"]) == ([], made["figures"])
+    with pytest.raises(InputError, match="folds train networks that start anew: name their model"):
+        soteacher.card(tiny_network(3, 1), data, tmp_path / "other", look=LOOK, folds=folds)
+    with pytest.raises(InputError, match="41 folds were asked for; wanted 2 to 40"):
+        soteacher.card(tiny_network(3, 1), data, tmp_path / "other", folds=folds | {"folds": 41, "model": "resnet8"})
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"look": {"views": 1}}, "card.views: .* greater than or equal to 2, got 1"),
+        ({"look": {"view": 2}}, "card: unknown key 'view'; did you mean views"),
+        ({"folds": {"folds": 1, "model": "resnet8"}}, "folds.folds: .* greater than or equal to 2, got 1"),
+        ({"folds": {"model": "resnt8"}}, "unknown network 'resnt8'; did you mean"),
+        ({"folds": {"model": "resnet8", "training": {"epoch": 1}}}, "unknown key 'epoch'"),
+        ({"settings": ["data.train_example=4"]}, "unknown key 'train_example'; did you mean train_examples"),
+        ({"settings": ["dota.train_examples=4"]}, "unknown key 'dota'; did you mean data"),
+        ({"settings": ["card=5"]}, "card: .*5"),
+        ({"device": "tpu"}, "unknown device 'tpu'"),
+    ],
+)
+def test_bad_input_to_a_card_is_one_line_and_leaves_nothing(
+    tmp_path: Path, data: dict[str, Any], tiny_network, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        soteacher.card(tiny_network(3, 1), data, tmp_path / "card", **options)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_card_is_refused_where_a_file_is_or_no_logits_come(
+    tmp_path: Path, data: dict[str, Any], tiny_network
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="file cannot be a folder: a file is in its place"):
+        soteacher.card(tiny_network(3, 1), data, tmp_path / "file")
+    ends = nn.Sequential(tiny_network(3, 1), nn.Softmax(dim=1))
+    with pytest.raises(InputError, match=r"puts out probabilities .* wanted logits"):
+        soteacher.card(ends, data, tmp_path / "card")
+    with pytest.raises(InputError, match="puts out 4 numbers for each image, wanted logits of 3 classes"):
+        soteacher.card(tiny_network(4, 1), data, tmp_path / "card")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert not (tmp_path / "card").exists()

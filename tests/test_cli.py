@@ -66,7 +66,19 @@ def test_help_and_version(soteacher) -> None:
     assert "distill" in out
     assert soteacher("--help")[:2] == (0, out)
     assert soteacher("--version") == (0, "0.1.0\n", "")
-    for command in ("run", "teach", "distill", "evaluate", "export", "report", "recipes", "methods", "models", "data"):
+    for command in (
+        "run",
+        "teach",
+        "distill",
+        "evaluate",
+        "card",
+        "export",
+        "report",
+        "recipes",
+        "methods",
+        "models",
+        "data",
+    ):
         assert soteacher(command, "--help")[0] == 0
 
 
@@ -228,6 +240,39 @@ def test_a_study_from_its_start_to_its_page(soteacher, tmp_path: Path, study, ti
     )
     assert status == 0
     assert "standard/seed1: test accuracy" in out
+
+
+@pytest.mark.usefixtures("one_core", "no_report")
+def test_a_card_from_a_run_to_its_page(soteacher, tmp_path: Path, tiny_data: Path) -> None:
+    words = ("--data", tiny_data, "--epochs", 1, "--set", "logging=[]", "--set", "card=null")
+    assert soteacher("teach", "--model", "resnet8", "--out", tmp_path / "run", *words, "--workers", 1)[0] == 0
+    words = ("card", tmp_path / "run", "--data", tiny_data, "--out", tmp_path / "card", "--device", "cpu")
+    status, out, said = soteacher(*words, "--examples", 20, "--views", 3)
+    assert (status, said) == (0, "")
+    card = json.loads((tmp_path / "card/card.json").read_text())
+    assert card["sampled"]["train"] == card["sampled"]["test"] == 20
+    assert card["sampled"]["views"] == 3
+    for part in (
+        f"{100 * card['figures']['test']['accuracy']:.2f}\n",
+        "largest slope found",
+        "search for the largest slope",
+        f"{card['passes']:.1f} evaluation passes over 40 images",
+        "note: no true label distribution is known for tiny; give --folds",
+        f"card: {tmp_path / 'card/card.json'}",
+        f"page: {tmp_path / 'card/card.html'}",
+    ):
+        assert part in out, part
+    assert "</html>" in (tmp_path / "card/card.html").read_text()
+    folds = ("--folds", 2, "--fold-epochs", 1, "--fold-repeats", 2, "--fold-model", "resnet8")
+    status, out, said = soteacher(*words, *folds, "--set", "card.views=2", "--set", "folds.training.batch_size=8")
+    assert (status, said) == (0, "")
+    assert out.count("network without fold 1, seed ") == 2
+    assert "train, to out-of-fold predictions" in out
+    answer = soteacher(*words, "--fold-epochs", 1)
+    assert _is_refusal(answer, "--fold-model, --fold-epochs and --fold-repeats are about folds; give --folds too")
+    for word, message in (("--views=1", "card.views"), ("--folds=1", "folds.folds"), ("--set=card.x=1", "key 'x'")):
+        assert _is_refusal(soteacher(*words, word), message)
+    assert _is_refusal(soteacher("card", tmp_path / "no", *words[2:]), "no network at")
 
 
 def test_lists_name_what_there_is(soteacher) -> None:

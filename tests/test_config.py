@@ -139,7 +139,7 @@ def test_to_yaml_reads_back_equal(tmp_path: Path) -> None:
         (
             "teachers.standard.terms",
             {"kd": {}},
-            "teachers.standard: kd reads a teacher, and a teacher is trained without",
+            "teachers.standard: kd reads a teacher; name the one that it learns from",
         ),
         (
             "teachers.standard.terms",

@@ -25,6 +25,7 @@ from soteacher.method_pages import describe_method
 from soteacher.models.zoo import network_names
 from soteacher.objectives import METHODS, OBJECTIVES
 from soteacher.recipes import read_study, recipe_names, recipe_text
+from soteacher.series import SeriesConfig, read_plan
 from soteacher.settings import read_tree
 
 ROOT = Path(__file__).parents[1]
@@ -117,6 +118,11 @@ def fragments() -> Iterator[Any]:
 @pytest.mark.parametrize("text", list(fragments()))
 def test_yaml_examples_are_studies(text: str) -> None:
     tree = read_tree(text, "example")
+    if "vary" in tree:
+        base = read_tree(recipe_text("quickstart"), "quickstart")
+        del base["name"]
+        assert isinstance(read_plan({"study": base, **tree}), SeriesConfig)
+        return
     if "data" not in tree:  # a fragment, which stands for a part of a study
         tree = {**read_tree(recipe_text("quickstart"), "quickstart"), "baseline": None, **tree}
         tree["teachers"] = {name: spec for name, spec in tree["teachers"].items() if "from" not in spec}
@@ -164,7 +170,7 @@ def test_command_lines_parse(words: list[str]) -> None:
         settings = context.params.get("settings") or ()
         study = context.params.get("study")
     if study in recipe_names():
-        read_study(study, settings)
+        read_plan(study, settings)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -1,4 +1,4 @@
-"""Every distillation method in a whole, tiny study: trained, killed, resumed, and what is left in the end."""
+"""Every method, of teachers and of students, in a whole, tiny study: trained, killed, resumed, and what is left."""
 
 import subprocess
 import sys
@@ -21,6 +21,15 @@ from soteacher.networks import train_network
 from soteacher.objectives import METHODS, OBJECTIVES
 
 STUDENTS = [name for name, method in METHODS.items() if method.role == "student"]
+TEACHERS = [name for name, method in METHODS.items() if method.role == "teacher"]
+NEEDS = {  # what has to be said besides the method
+    "assistant": {"teacher": "standard"},
+    "mcmi": {"start": "standard"},
+    "mcmi_frozen": {"start": "standard"},
+    "sftn": {"terms": {"sftn": {"student": "resnet8"}}},
+}
+SHORT = {"epochs": 2, "averaging": {"start": 1}}
+"""Of methods that say how long they train, or from when on they average."""
 REUSING = [name for name in STUDENTS if any(OBJECTIVES[term]().reuse() for term in METHODS[name].terms)]
 
 
@@ -32,14 +41,25 @@ def study(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
             "data": {"source": "npz", "path": str(tiny_data), "augment": {"crop_padding": 1}},
             "seeds": [0],
             "training": {"epochs": 2, "batch_size": 16, "preparation_epochs": 1},
-            "teachers": {"standard": {"model": "resnet8"}},
-            "students": {name: {"model": "resnet8", "method": name} for name in STUDENTS},
+            "teachers": {name: teacher_settings(name) for name in TEACHERS},
+            "students": {
+                name: {"model": "resnet8", "method": name, **({} if name == "alone" else {"teachers": ["standard"]})}
+                for name in STUDENTS
+            },
             "logging": [],
+            "card": None,
         }
     )
     made = Study(config, tmp_path_factory.mktemp("methods"), load_data(config.data, None), "cpu")
     train(made, Job("teacher", "standard", 0))
     return made
+
+
+def teacher_settings(name: str) -> dict[str, Any]:
+    """Return a teacher of a method, trained for two epochs at most."""
+    changed = {key: value for key, value in SHORT.items() if key in METHODS[name].training}
+    changed |= {"epochs": 4} if "stop_after" in METHODS[name].training else {}
+    return {"model": "resnet8", "method": name, "training": changed, **NEEDS.get(name, {})}
 
 
 def train(study: Study, job: Job, *, stop_after: int | None = None) -> None:
@@ -49,6 +69,8 @@ def train(study: Study, job: Job, *, stop_after: int | None = None) -> None:
 
 
 def job_of(name: str) -> Job:
+    if name in TEACHERS:
+        return Job("teacher", name, 0)
     return Job("student", name if name == "alone" else f"standard-{name}", 0)
 
 
@@ -56,14 +78,15 @@ def outcome(study: Study, job: Job) -> dict[str, torch.Tensor]:
     return load_file(study.folder_of(job) / "model.safetensors")
 
 
-@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("name", [*STUDENTS, *TEACHERS])
 def test_method_killed_and_resumed_gives_the_same_numbers(name: str, study: Study, tmp_path: Path) -> None:
     job = job_of(name)
-    train(study, job)
+    if not study.finished(job):
+        train(study, job)
     whole, row = outcome(study, job), read_json(study.folder_of(job) / "model.json")["row"]
 
     other = Study(study.config, tmp_path, study.data, "cpu")
-    (tmp_path / "teachers").symlink_to(study.folder / "teachers")
+    link_standard_teacher(study, tmp_path, name)
     for steps in (2, 3):  # in the first epoch of a preparation, or of the training; then in what comes after
         with pytest.raises(InterruptedRunError):
             train(other, job, stop_after=steps)
@@ -79,6 +102,13 @@ def test_method_killed_and_resumed_gives_the_same_numbers(name: str, study: Stud
     assert row["parameters"] == sum(parameter.numel() for parameter in load(study, job).parameters())
     assert row["extra_parameters"] >= 0
     assert row["seconds_per_step"] > 0
+
+
+def link_standard_teacher(study: Study, folder: Path, name: str) -> None:
+    """Put the teacher that a network of a method may need into another run's folder."""
+    (folder / "teachers").mkdir()
+    if name != "standard":
+        (folder / "teachers" / "standard").symlink_to(study.folder / "teachers" / "standard")
 
 
 def load(study: Study, job: Job) -> Any:
@@ -111,9 +141,9 @@ def test_student_runs_without_any_objective(name: str, study: Study) -> None:
         ),
     ],
 )
-@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("name", [*STUDENTS, *TEACHERS])
 def test_method_trains_in_half_precision(name: str, device: str, study: Study, tmp_path: Path) -> None:
-    (tmp_path / "teachers").symlink_to(study.folder / "teachers")
+    link_standard_teacher(study, tmp_path, name)
     settings = {"precision": "bf16-mixed", "channels_last": True, "epochs": 1}
     training = study.config.training.model_copy(update=settings)
     there = Study(study.config.model_copy(update={"training": training}), tmp_path, study.data, device)

@@ -11,6 +11,7 @@ from soteacher.models.zoo import check_network
 from soteacher.objectives import METHODS
 from soteacher.published_settings import Changes, MethodRecipe, method_recipe, method_recipe_names, pair_names
 from soteacher.recipes import DEFAULT_PAIR, read_study, recipe_description, recipe_names, recipe_text
+from soteacher.series import read_plan
 from soteacher.settings import merge
 
 DISTILLING = [name for name, method in METHODS.items() if method.role == "student" and name != "alone"]
@@ -19,7 +20,7 @@ SLOW_LEARNERS = ("mobilenet_v2", "shufflenet_v1", "shufflenet_v2")
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_is_a_study_that_says_what_it_is_for(name: str) -> None:
-    study = read_study(name)
+    study = read_plan(name)
     assert study.name == name
     assert recipe_description(name) == study.description.strip()
     assert recipe_description(name).endswith(".")

@@ -5,7 +5,15 @@ import pytest
 from scipy import stats
 
 from soteacher.errors import InputError
-from soteacher.statistics import PairedDifference, mean_interval, paired_difference, summarise, verdict
+from soteacher.statistics import (
+    PairedDifference,
+    RankCorrelation,
+    mean_interval,
+    paired_difference,
+    rank_correlation,
+    summarise,
+    verdict,
+)
 
 
 def _row(role: str, arm: str, seed: int, value: float, teacher_arm: str | None = None) -> dict:
@@ -155,3 +163,79 @@ def test_summarise_takes_an_arm_that_is_its_own_baseline_as_the_baseline() -> No
 def test_summarise_refuses_two_rows_of_one_seed() -> None:
     with pytest.raises(InputError, match="student 'alone' has two rows of seed 0; wanted one per seed"):
         summarise([_row("student", "alone", 0, 0.5)] * 2, {})
+
+
+SPEARMAN_X = [67, 28, 30, 28, 52, 40, 25, 37, 44, 10, 14, 20, 28, 40, 51]
+SPEARMAN_Y = [21, 4, 9, 12, 35, 18, 10, 22, 24, 1, 6, 8, 13, 16, 19]
+
+
+def test_rank_correlation_is_that_of_bonetts_own_program() -> None:
+    # The example of ci.spear in Bonett's R package statpsych, https://dgbonett.github.io/statpsych.
+    found = rank_correlation(SPEARMAN_X, SPEARMAN_Y)
+    assert found.value == pytest.approx(0.8699639, abs=1e-7)
+    assert found.interval == pytest.approx((0.5840951, 0.9638297), abs=1e-7)
+    assert found.count == 15
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95])
+def test_rank_correlation_by_hand(confidence: float) -> None:
+    random = np.random.default_rng(0)
+    first, second = random.normal(size=9), random.normal(size=9).round(1)
+    ranks = [stats.rankdata(values) for values in (first, second)]
+    rho = np.corrcoef(*ranks)[0, 1]
+    half_width = stats.norm.ppf((1 + confidence) / 2) * math.sqrt((1 + rho**2 / 2) / 6)
+    found = rank_correlation(first.tolist(), second.tolist(), confidence=confidence)
+    assert found.value == pytest.approx(rho)
+    assert found.interval == pytest.approx(
+        (math.tanh(np.arctanh(rho) - half_width), math.tanh(np.arctanh(rho) + half_width))
+    )
+
+
+def test_rank_correlation_sees_ranks_only_and_turns_with_a_sign() -> None:
+    found = rank_correlation(SPEARMAN_X, SPEARMAN_Y)
+    assert rank_correlation([math.exp(x) for x in SPEARMAN_X], [y**3 for y in SPEARMAN_Y]) == found
+    assert rank_correlation(SPEARMAN_Y, SPEARMAN_X) == found
+    turned = rank_correlation([-x for x in SPEARMAN_X], SPEARMAN_Y)
+    assert turned.value == -found.value
+    assert turned.interval == (-found.interval[1], -found.interval[0])
+
+
+@pytest.mark.parametrize("count", [4, 5, 12])
+def test_rank_correlation_in_perfect_order_is_not_certain(count: int) -> None:
+    found = rank_correlation(range(count), range(count))
+    swapped = rank_correlation(range(count), [1, 0, *range(2, count)])
+    assert found.value == 1
+    assert found.interval == (pytest.approx(swapped.interval[0]), 1)
+    assert (found.interval[0] < 0) == (count < 6)
+    turned = rank_correlation(range(count), [-place for place in range(count)])
+    assert (turned.value, turned.interval) == (-1, (-1, -found.interval[0]))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [([], []), ([1, 2, 3], [1, 2, 3]), ([1, 1, 1, 1], [1, 2, 3, 4]), ([1, 2, 3, 4], [0.5] * 4)]
+)
+def test_rank_correlation_of_too_little_is_none(first: list[float], second: list[float]) -> None:
+    assert rank_correlation(first, second) == RankCorrelation(value=None, interval=None, count=len(first))
+
+
+@pytest.mark.parametrize(("count", "correlation"), [(6, 0.0), (10, 0.6), (25, 0.9)])
+def test_rank_correlation_interval_covers_the_truth(count: int, correlation: float) -> None:
+    random = np.random.default_rng(0)
+    truth = 6 / math.pi * math.asin(correlation / 2)  # Spearman's rho of two normal quantities
+    covered = 0
+    for _ in range(400):
+        first = random.normal(size=count)
+        second = correlation * first + math.sqrt(1 - correlation**2) * random.normal(size=count)
+        found = rank_correlation(first.tolist(), second.tolist())
+        assert found.interval is not None
+        covered += found.interval[0] <= truth <= found.interval[1]
+    assert 0.92 <= covered / 400 <= 0.99
+
+
+def test_rank_correlation_refuses_bad_input() -> None:
+    with pytest.raises(InputError, match="got 4 and 5 values to correlate; wanted pairs"):
+        rank_correlation([1, 2, 3, 4], [1, 2, 3, 4, 5])
+    with pytest.raises(InputError, match="must be finite"):
+        rank_correlation([1, 2, 3, math.inf], [1, 2, 3, 4])
+    with pytest.raises(InputError, match=r"confidence must lie in \(0, 1\), got 1"):
+        rank_correlation([1, 2, 3, 4], [1, 2, 3, 4], confidence=1)

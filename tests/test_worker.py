@@ -106,7 +106,7 @@ def test_a_worker_that_is_asked_saves_its_state_and_leaves(work, run: Path, stop
 def test_a_worker_whose_parent_is_gone_saves_its_state_and_leaves(
     work, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(os, "getppid", lambda: -1)  # no process has this number
     assert work(TEACHER, STUDENT) == [{"event": "stopped"}]
     assert (run / "teachers/standard/seed0/resume/state.safetensors").exists()
 

@@ -10,10 +10,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from soteacher.api import distill, evaluate, export, load, run, teach
+    from soteacher.api import card, distill, evaluate, export, load, run, teach
 
 __version__ = version("soteacher")
-__all__ = ["__version__", "distill", "evaluate", "export", "load", "run", "teach"]
+__all__ = ["__version__", "card", "distill", "evaluate", "export", "load", "run", "teach"]
 
 
 def __getattr__(name: str) -> Any:

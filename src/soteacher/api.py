@@ -14,15 +14,19 @@ from torch import nn
 from soteacher.config import DataChoice, FileTeacher, Student, StudyConfig, TrainedTeacher
 from soteacher.data import SOURCES, DataSet, load_data
 from soteacher.deployment import Format, export_classifier
+from soteacher.diagnostics.card import CardConfig, make_card
 from soteacher.errors import InputError
 from soteacher.jobs import NetworkFactory, OnEvent, Study, evaluation_batches, find_network, load_teacher_file
 from soteacher.models.classifier import Classifier, NetworkSpec, classifier_of
 from soteacher.models.weights import FACTS_FILE, load_classifier, load_weights, read_facts, read_weights
 from soteacher.objectives import method as method_named
 from soteacher.objectives import objective_config
+from soteacher.out_of_fold import FoldConfig, OnFold, out_of_fold_predictions
 from soteacher.recipes import read_study
-from soteacher.settings import parse
-from soteacher.studies import pick_device, run_study
+from soteacher.report.card_page import write_card
+from soteacher.series import SeriesConfig, read_plan, run_series
+from soteacher.settings import apply_settings, parse
+from soteacher.studies import pick_device, run_study, stop_requested
 from soteacher.train.evaluate import evaluate as evaluate_classifier
 
 Model = str | nn.Module | Callable[[int, int], nn.Module]
@@ -32,6 +36,16 @@ TRAINED: tuple[Literal["teacher", "student"], ...] = ("student", "teacher")
 Data = str | Mapping[str, Any]
 """A data set: by its source's name, by the path of a folder or an ``.npz`` file, or with settings, such as
 ``{"source": "folder", "path": "flowers"}``."""
+
+
+class CardChoice(DataChoice):
+    """What a teacher card is made from."""
+
+    card: CardConfig = CardConfig()
+    """What it looks at, and how closely."""
+    folds: FoldConfig | None = None
+    """How networks are trained whose predictions of examples that they have not seen stand in for the true label
+    distribution; null: none are."""
 
 
 def run(
@@ -48,10 +62,10 @@ def run(
     on_event: OnEvent | None = None,
     on_download: Any = None,
 ) -> dict[str, Any]:
-    """Run a whole study: train its teachers, distil its students, report.
+    """Run a whole study, or a series of them: train teachers, distil students, report.
 
     Args:
-        study: a recipe's name, a YAML file, or a tree of settings.
+        study: a recipe's name, a YAML file, or a tree of settings; with ``vary`` in it, it is a series.
         out: the run's folder.
         pair: teacher and student, such as ``vgg13-vgg8``, where the recipe is a method's.
         settings: ``path.to.field=value``, laid over the study.
@@ -69,9 +83,11 @@ def run(
     Raises:
         InputError: something in the settings, the data or the folder cannot be used.
     """
-    config = read_study(study, settings, pair)
-    _check_modules(config, networks or {})
-    return run_study(
+    config = read_plan(study, settings, pair)
+    for one in (point.study for point in config.points()) if isinstance(config, SeriesConfig) else (config,):
+        _check_modules(one, networks or {})
+    start: Callable[..., dict[str, Any]] = run_series if isinstance(config, SeriesConfig) else run_study
+    return start(
         config, Path(out), data_root=Path(data_root) if data_root else None, device=device,
         resume=resume, workers=workers, factories={name: _factory(model) for name, model in (networks or {}).items()},
         on_event=on_event, on_download=on_download,
@@ -84,18 +100,27 @@ def teach(
     out: str | Path,
     *,
     method: str = "soteacher",
+    start: str | Path | None = None,
+    teacher: str | Path | None = None,
     seeds: Iterable[int] = (0,),
+    terms: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Train one teacher: a study of its own, in ``out/teachers/METHOD/seed0``.
+
+    A method that fine-tunes, such as ``mcmi``, goes on from ``start``, or else from a standard teacher that is trained
+    first.
 
     Args:
         model: the network.
         data: the images.
         out: the run's folder.
         method: teacher method.
+        start: trained network to go on from: a run folder, a network's folder or a ``model.safetensors``.
+        teacher: trained network to learn from, likewise, for methods that distil: a teacher assistant.
         seeds: one teacher for each.
+        terms: settings of the method's terms, such as ``{"sftn": {"student": "resnet8"}}``.
         training: settings of :class:`~soteacher.train.config.TrainingConfig`.
         options: as in :func:`run`.
 
@@ -103,10 +128,19 @@ def teach(
         What ``results.json`` holds.
     """
     name, networks = _named(model, "teacher_network")
-    arm = _arm(method_named(method).name)
+    found, settings = method_named(method), dict(training or {})
+    own: dict[str, Any] = {"model": name, "method": method, "terms": dict(terms or {})}
+    # What the method itself sets goes over the study's settings, so what is asked for here goes over the method's.
+    own["training"] = {key: value for key, value in settings.items() if key in found.training}
+    teachers: dict[str, Any] = {}
+    for role, path in (("start", start), ("teacher", teacher)):
+        if path is not None:
+            teachers[f"{role}_network"], own[role] = {"file": str(path)}, f"{role}_network"
+    if found.fine_tunes and start is None:
+        teachers["standard"], own["start"] = {"model": name, "method": "standard"}, "standard"
     tree = {
-        "name": "teach", "data": _data_tree(data), "seeds": list(seeds), "training": dict(training or {}),
-        "teachers": {arm: {"model": name, "method": method}},
+        "name": "teach", "data": _data_tree(data), "seeds": list(seeds), "training": settings,
+        "teachers": {**teachers, _arm(found.name): own},
     }  # fmt: skip
     return run(tree, out, networks=networks, **options)
 
@@ -199,6 +233,114 @@ def evaluate(
     return asdict(evaluate_classifier(classifier.to(device), batches))
 
 
+def card(
+    network: str | Path | nn.Module,
+    data: Data,
+    out: str | Path,
+    *,
+    model: Model | None = None,
+    look: Mapping[str, Any] | None = None,
+    folds: Mapping[str, Any] | None = None,
+    settings: Iterable[str] = (),
+    data_root: str | Path | None = None,
+    device: str = "auto",
+    on_fold: OnFold | None = None,
+) -> dict[str, Any]:
+    """Say how good a teacher a network is, before any student is trained: ``out/card.json`` and ``out/card.html``.
+
+    A card that lies there already is replaced.
+
+    Args:
+        network: as in :func:`load`, a foreign checkpoint, or a module with its weights; one that is no
+            :class:`~soteacher.models.classifier.Classifier` takes images normalised as the data say.
+        data: the images, with what is known of their true label distribution. Where the network was trained on them,
+            its own settings of them hold, unless others are given: ``train_examples`` above all, as its training images
+            are those that it was trained on. Views are drawn with their ``augment``, by default the network's own.
+        out: the card's folder.
+        model: network of a foreign checkpoint, or one of your own.
+        look: settings of :class:`~soteacher.diagnostics.card.CardConfig`.
+        folds: settings of :class:`~soteacher.out_of_fold.FoldConfig`: compare with out-of-fold predictions of networks
+            that are trained for it, into ``out/out_of_fold``. Their network is the card's, where none is named.
+        settings: ``path.to.field=value``, laid over ``data``, ``card`` (what ``look`` is) and ``folds``.
+        data_root: where data sets lie.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        on_fold: told of the progress of the networks trained for ``folds``.
+
+    Returns:
+        What ``card.json`` holds.
+
+    Raises:
+        InputError: the network emits no logits of the data's classes, a fold leaves a class out, or something in the
+            settings, the data or the folder cannot be used.
+        InterruptedRunError: Ctrl-C in the training for ``folds``; the same call goes on with it.
+    """
+    folder, weights = Path(out), None if isinstance(network, nn.Module) else find_network(Path(network), TRAINED)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} cannot be a folder: a file is in its place; choose another with --out")
+    tree = _card_tree(weights, model, data, look or {}, folds, settings)
+    choice = parse(CardChoice, tree)
+    if isinstance(network, nn.Module):
+        images = read_data(tree["data"], data_root)
+        classifier, spec = _as_classifier(network, images)
+    else:
+        classifier, spec, images = _network_and_data(network, tree["data"], model, data_root, device)
+    device, proxy = pick_device(device), None
+    if choice.folds is not None:
+        factories = {} if model is None or isinstance(model, str) else {"network": _factory(model)}
+        with stop_requested() as should_stop:
+            proxy = out_of_fold_predictions(
+                choice.folds, choice.data, images, folder, device=device, factories=factories, on_event=on_fold,
+                should_stop=should_stop,
+            )  # fmt: skip
+    made = make_card(classifier, spec, images, choice.data.augment, choice.card, device=device, out_of_fold=proxy)
+    write_card(folder, made)
+    return made
+
+
+def _card_tree(
+    weights: Path | None,
+    model: Model | None,
+    data: Data,
+    look: Mapping[str, Any],
+    folds: Mapping[str, Any] | None,
+    settings: Iterable[str],
+) -> dict[str, Any]:
+    """Return what a card is made from, with what the network's own settings say where nothing else is said."""
+    own: dict[str, Any] = {} if weights is None else _trained_on(weights)
+    given = _data_tree(data) if weights is None else _data_for(weights, data)
+    if not _same_place(own, given):
+        own = {key: value for key, value in own.items() if key == "augment"}
+    tree: dict[str, Any] = {"data": own | given, "card": dict(look)}
+    tree = apply_settings(tree | ({} if folds is None else {"folds": dict(folds)}), settings)
+    if isinstance(tree.get("folds"), dict) and "model" not in tree["folds"]:
+        if isinstance(model, str):
+            tree["folds"]["model"] = model
+        elif model is not None and not isinstance(model, nn.Module):
+            tree["folds"]["model"] = "network"
+        elif model is None and weights is not None and (weights.parent / FACTS_FILE).exists():
+            tree["folds"]["model"] = read_facts(weights)[0].model
+        else:  # the networks of folds must start from new weights: a module's may have seen all the examples
+            raise InputError("folds train networks that start anew: name their model")
+    return tree
+
+
+def _same_place(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two settings of data mean the same images, up to how many of them are used."""
+    paths = [Path(tree["path"]).expanduser().resolve() if "path" in tree else None for tree in (one, other)]
+    return one.get("source") == other.get("source") and paths[0] == paths[1]
+
+
+def _as_classifier(network: nn.Module, data: DataSet) -> tuple[Classifier, NetworkSpec]:
+    """Return a module as a classifier for a data set, and what it is."""
+    facts: dict[str, Any] = {"mean": data.mean, "std": data.std}
+    bare = network.network if isinstance(network, Classifier) else network
+    spec = NetworkSpec(
+        model=type(bare).__name__, num_classes=data.num_classes, in_channels=data.in_channels,
+        class_names=data.class_names, **facts,
+    )  # fmt: skip
+    return network if isinstance(network, Classifier) else Classifier(network, **facts), spec
+
+
 def export(
     path: str | Path,
     data: Data,
@@ -242,11 +384,15 @@ def _network_and_data(
 
 def _data_for(weights: Path, data: Data) -> dict[str, Any]:
     """Return a data set's settings; images of a folder come in the size that the network was trained on."""
-    tree, facts = _data_tree(data), weights.parent / FACTS_FILE
-    trained_on = read_facts(weights)[1].get("data", {}) if facts.exists() else {}
+    tree, trained_on = _data_tree(data), _trained_on(weights)
     if tree.get("source") == "folder" and "image_size" in trained_on:
         return {"image_size": trained_on["image_size"], **tree}
     return tree
+
+
+def _trained_on(weights: Path) -> dict[str, Any]:
+    """Return the settings of the data that a network was trained on; empty where they are not known."""
+    return read_facts(weights)[1].get("data", {}) if (weights.parent / FACTS_FILE).exists() else {}
 
 
 def read_data(data: Data, data_root: str | Path | None = None, *, on_download: Any = None) -> DataSet:

@@ -13,10 +13,11 @@ from soteacher.errors import InputError
 from soteacher.jobs import Study, new_classifier
 from soteacher.models.classifier import Classifier, NetworkSpec
 from soteacher.models.inspection import inspect_network
+from soteacher.models.parts import Parts
 from soteacher.models.takeover import take_over_classifier
 from soteacher.objective import ObjectiveConfig, ReusedClassifier, Stage, Term
 from soteacher.randomness import derive_seed
-from soteacher.types import NetworkFacts, Task, View
+from soteacher.types import BuiltNetwork, NetworkFacts, Task, View
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +64,14 @@ class Assembled:
 
 
 def assemble(
-    study: Study, spec: TrainedTeacher | Student, *, role: str, seed: int, teacher: Classifier | None, teacher_name: str
+    study: Study,
+    spec: TrainedTeacher | Student,
+    *,
+    role: str,
+    seed: int,
+    teacher: Classifier | None,
+    teacher_name: str,
+    start: tuple[Classifier, NetworkSpec] | None = None,
 ) -> Assembled:
     """Build a network and its objectives; shapes are inspected here, so that what does not fit fails here.
 
@@ -74,6 +82,7 @@ def assemble(
         seed: arms of one seed start from the same weights.
         teacher: the student's, where it has one; trained or not.
         teacher_name: how messages call it: ``teacher wrn_40_2``.
+        start: the trained network that it goes on from, where it does; changed by the training.
 
     Raises:
         InputError: a network cannot take the data, or an objective cannot work with the networks.
@@ -81,7 +90,9 @@ def assemble(
     configs, names = terms_of(spec), (f"{role} {spec.model}", teacher_name)
     reuse = _reuse(configs)
     torch.manual_seed(derive_seed(seed, role, "weights"))
-    classifier, network = new_classifier(study, spec.model, pretrained=spec.pretrained)
+    classifier, network = start or new_classifier(study, spec.model, pretrained=spec.pretrained)
+    if network.model != spec.model:
+        raise InputError(f"the network to go on from is a {network.model}, wanted a {spec.model}")
     facts = {"network": look_at(study, classifier, names[0])}
     if teacher is not None:
         facts["teacher"] = look_at(study, teacher, teacher_name)
@@ -89,7 +100,10 @@ def assemble(
             network = _with_taken_classifier(study, classifier, network, teacher, reuse, names)
             facts["network"] = look_at(study, classifier, names[0])
     data = study.data
-    task = Task(num_examples=data.train.num_examples, num_classes=data.num_classes, labels=data.train.labels, **facts)
+    task = Task(
+        num_examples=data.train.num_examples, num_classes=data.num_classes, labels=data.train.labels,
+        build_network=lambda model: _beside(study, model), **facts,
+    )  # fmt: skip
     torch.manual_seed(derive_seed(seed, role, "objectives"))
     terms: dict[str, Term[Any]] = {}
     for name, config in configs.items():
@@ -98,6 +112,12 @@ def assemble(
         except InputError as error:
             raise error if str(error).startswith(name) else InputError(f"{name}: {error}") from None
     return Assembled(classifier=classifier, network=network, terms=terms, configs=configs)
+
+
+def _beside(study: Study, model: str) -> BuiltNetwork:
+    """Return a network with new weights that an objective trains beside the study's own."""
+    classifier = new_classifier(study, model, pretrained=False)[0]
+    return BuiltNetwork(classifier=classifier, parts=Parts(classifier), facts=look_at(study, classifier, model))
 
 
 def _reuse(configs: Mapping[str, ObjectiveConfig]) -> tuple[str, ReusedClassifier] | None:
@@ -123,7 +143,7 @@ def _with_taken_classifier(
 ) -> NetworkSpec:
     """Let a network end in its teacher's classifier, and return what builds it again."""
     term, how = reuse
-    images = _examples(study, classifier)
+    images = examples_of(study, classifier)
     try:
         reused = take_over_classifier(classifier, teacher, images, reduction=how.reduction, names=names)
     except InputError as error:
@@ -137,7 +157,7 @@ def look_at(study: Study, classifier: Classifier, name: str) -> NetworkFacts:
     Raises:
         InputError: the network cannot take them, or gives another number of logits than there are classes.
     """
-    data, images = study.data, _examples(study, classifier)
+    data, images = study.data, examples_of(study, classifier)
     try:
         facts = inspect_network(classifier, images, name=name)
     except InputError:
@@ -149,7 +169,7 @@ def look_at(study: Study, classifier: Classifier, name: str) -> NetworkFacts:
     return facts
 
 
-def _examples(study: Study, classifier: Classifier) -> torch.Tensor:
+def examples_of(study: Study, classifier: Classifier) -> torch.Tensor:
     """Return two images of the study's shape, on the network's device."""
     data = study.data
     shape = (2, data.in_channels, data.image_size, data.image_size)

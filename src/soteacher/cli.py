@@ -119,7 +119,7 @@ def run(
     workers: Workers = None,
     data_root: Root = None,
 ) -> None:
-    """Run a whole study: train its teachers, distil its students, report."""
+    """Run a whole study, or a series of them: train teachers, distil students, report."""
     from soteacher import api
 
     _study(
@@ -135,6 +135,9 @@ def teach(
     data: Data,
     out: Out,
     method: Annotated[str, typer.Option("--method", help="Teacher method.")] = "soteacher",
+    start: Annotated[Path | None, typer.Option("--start", help="Trained network to go on from.")] = None,
+    teacher: Annotated[Path | None, typer.Option("--teacher", help="Trained network to learn from.")] = None,
+    student: Annotated[str | None, typer.Option("--student", help="Student's network, for sftn.")] = None,
     epochs: Epochs = None,
     seeds: Seeds = 1,
     settings: Set = None,
@@ -149,7 +152,8 @@ def teach(
     _study(
         out,
         lambda **shared: api.teach(
-            model, data, out, method=method, seeds=range(seeds), training=_training(epochs),
+            model, data, out, method=method, start=start, teacher=teacher, seeds=range(seeds),
+            terms={} if student is None else {"sftn": {"student": student}}, training=_training(epochs),
             settings=settings or (), **shared,
         ),
         device=device, resume=resume, workers=workers, data_root=data_root,
@@ -204,6 +208,77 @@ def evaluate(
 
 
 @app.command()
+def card(
+    network: Annotated[Path, typer.Argument(help="A run folder, a model.safetensors or a checkpoint.")],
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", help="The card's folder.")],
+    model: Annotated[str | None, typer.Option("--model", help="Network of a foreign checkpoint.")] = None,
+    examples: Annotated[int | None, typer.Option("--examples", help="Images of each split; default: 2000.")] = None,
+    views: Annotated[int | None, typer.Option("--views", help="Augmented views of each; default: 6.")] = None,
+    folds: Annotated[
+        int | None, typer.Option("--folds", help="Train networks on so many folds, for out-of-fold predictions.")
+    ] = None,
+    fold_model: Annotated[str | None, typer.Option("--fold-model", help="Their network; default: the same.")] = None,
+    fold_epochs: Annotated[int | None, typer.Option("--fold-epochs", help="Their passes; default: 30.")] = None,
+    fold_repeats: Annotated[int | None, typer.Option("--fold-repeats", help="Networks a fold; default: 1.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="Change one setting, e.g. data.label_sources=[cifar10h]."),
+    ] = None,
+    device: Where = Device.auto,
+    data_root: Root = None,
+) -> None:
+    """Say how good a teacher a network is, before any student is trained."""
+    from soteacher import api
+
+    of_folds = _given(folds=folds, model=fold_model, epochs=fold_epochs, repeats=fold_repeats)
+    if of_folds and folds is None:
+        raise InputError("--fold-model, --fold-epochs and --fold-repeats are about folds; give --folds too")
+    made = api.card(
+        network, data, out, model=model, look=_given(examples=examples, views=views), folds=of_folds or None,
+        settings=settings or (), data_root=data_root, device=device.value, on_fold=_tell_fold,
+    )  # fmt: skip
+    _print_card(made, out)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Return the options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _tell_fold(fold: int, job: Any, event: dict[str, Any]) -> None:
+    if event["event"] == "finished":
+        row = event["row"]
+        typer.echo(
+            f"network without fold {fold + 1}, seed {job.seed}: accuracy {100 * row['accuracy_last']:.2f} % on the "
+            f"fold, {row['train_seconds']:.0f} s"
+        )
+
+
+def _print_card(made: dict[str, Any], out: Path) -> None:
+    """Print a teacher card's main figures, what they cost, and where everything lies."""
+    from soteacher.report.card_page import CARD_FILE, PAGE_FILE
+    from soteacher.report.card_tables import (
+        cost_sentence,
+        distance_table,
+        prediction_table,
+        seconds_table,
+        single_table,
+    )
+
+    for table in (prediction_table(made), distance_table(made), single_table(made)):
+        if table.rows:
+            _list([row[:-1] for row in (table.columns, *table.rows)])  # the last one says what it is, for the page
+            typer.echo("")
+    _list(seconds_table(made).rows)
+    typer.echo(cost_sentence(made))
+    for note in made["notes"]:
+        typer.echo(f"note: {note}")
+    typer.echo(f"card: {out / CARD_FILE}")
+    typer.echo(f"page: {out / PAGE_FILE}")
+
+
+@app.command()
 def export(
     network: Annotated[Path, typer.Argument(help="A run folder, a model.safetensors or a checkpoint.")],
     data: Data,
@@ -221,8 +296,8 @@ def export(
 
 @app.command()
 def report(run_folder: Annotated[Path, typer.Argument(help="The run's folder.")]) -> None:
-    """Write results.json and the page of a run anew, from the networks that are finished."""
-    from soteacher.studies import report_again
+    """Write results.json and the page of a run or a series anew, from the networks that are finished."""
+    from soteacher.series import report_again
 
     _print_results(report_again(run_folder), run_folder)
 

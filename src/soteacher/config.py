@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from soteacher.data import DataConfig
+from soteacher.diagnostics.card import CardConfig
 from soteacher.errors import InputError, unknown_name
 from soteacher.objective import Method, ObjectiveConfig
 from soteacher.objectives import method as method_named
 from soteacher.objectives import objective_config, objective_configs
 from soteacher.settings import Settings, merge, parse
-from soteacher.train.config import Point, TrainingConfig, epochs_at
+from soteacher.train.config import Criterion, Point, TrainingConfig, epochs_at
 from soteacher.train.logs import LoggerName
 
-FREE = ("description", "baseline", "logging")
+FREE = ("description", "baseline", "logging", "card")
 """Settings that change no number of a network: a run may go on with others."""
 ArmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.]*$")]
 TermSettings = dict[str, dict[str, Any] | None]
@@ -34,6 +35,10 @@ class TrainedTeacher(Settings):
     """Teacher method; it stands for the terms of the loss."""
     terms: TermSettings = {}
     """Settings of single terms over the method's own; ``null`` leaves a term out, a new name adds one."""
+    start: str | None = None
+    """Another teacher of the study whose finished network it goes on from: fine-tuning."""
+    teacher: str | None = None
+    """Another teacher of the study that it learns from, with a method that distils: a teacher assistant."""
     pretrained: bool = False
     """Whether a timm network starts from its published weights."""
     training: dict[str, Any] = {}
@@ -45,8 +50,17 @@ class SavedTeacher(Settings):
 
     teacher: str = Field(alias="from")
     """The teacher whose training is cut short."""
-    after: Point
+    after: Point | None = None
     """When: a share of its run (below 1), or a number of finished epochs."""
+    best: Criterion | None = None
+    """In place of ``after``: the epoch that is best by this figure on its held-out training images."""
+
+    @model_validator(mode="after")
+    def _one_epoch(self) -> SavedTeacher:
+        if (self.after is None) == (self.best is None):
+            came = "neither" if self.after is None else "both"
+            raise InputError(f"an earlier state is chosen by after or by best, got {came}")
+        return self
 
 
 class FileTeacher(Settings):
@@ -83,7 +97,7 @@ class Student(Settings):
 
 def _teacher_kind(value: Any) -> str:
     keys: Iterable[str] = value if isinstance(value, Mapping) else getattr(type(value), "model_fields", ())
-    return "file" if "file" in keys else "saved" if {"from", "teacher", "after"} & set(keys) else "trained"
+    return "file" if "file" in keys else "saved" if {"from", "after", "best"} & set(keys) else "trained"
 
 
 Teacher = Annotated[
@@ -132,6 +146,8 @@ class StudyConfig(Settings):
     """The students by name."""
     logging: tuple[LoggerName, ...] = ("tensorboard",)
     """Where the curves go besides the run's own files."""
+    card: CardConfig | None = CardConfig()
+    """How closely each teacher is looked at for its card; null: no cards."""
 
     @field_validator("seeds")
     @classmethod
@@ -157,25 +173,88 @@ class StudyConfig(Settings):
     def _check_teacher(self, name: str, teacher: TrainedTeacher | SavedTeacher | FileTeacher) -> None:
         place = f"teachers.{name}"
         if isinstance(teacher, TrainedTeacher):
-            needing = [term for term, config in terms_of(teacher, place).items() if config.needs_teacher]
-            self.training_of(teacher, place)
-            if needing:
-                raise InputError(f"{place}: {needing[0]} reads a teacher, and a teacher is trained without one")
+            self._check_trained(place, teacher)
         elif isinstance(teacher, SavedTeacher):
-            source = self.teachers.get(teacher.teacher)
-            if not isinstance(source, TrainedTeacher):
-                trained = [key for key, value in self.teachers.items() if isinstance(value, TrainedTeacher)]
-                raise InputError(f"{place}.from: {unknown_name('trained teacher', teacher.teacher, trained)}")
-            training = self.training_of(source, f"teachers.{teacher.teacher}")
+            self._check_saved(place, teacher)
+        before, seen = self.needed_by(name), {name}
+        while before is not None:
+            if before in seen:
+                raise InputError(f"{place}: it needs itself to be finished before, by way of {before}")
+            seen.add(before)
+            before = self.needed_by(before)
+
+    def _check_trained(self, place: str, teacher: TrainedTeacher) -> None:
+        terms, training = terms_of(teacher, place), self.training_of(teacher, place)
+        needing = [term for term, config in terms.items() if config.needs_teacher]
+        for field, other in (("start", teacher.start), ("teacher", teacher.teacher)):
+            if other is not None and other not in self.teachers:
+                raise InputError(f"{place}.{field}: {unknown_name('teacher', other, self.teachers)}")
+        if teacher.start is not None and (teacher.teacher is not None or teacher.pretrained):
+            other = "pretrained" if teacher.pretrained else "teacher"
+            raise InputError(f"{place}: start and {other} cannot both be given; leave one out")
+        if needing and teacher.teacher is None:
+            raise InputError(f"{place}: {needing[0]} reads a teacher; name the one that it learns from as its teacher")
+        if teacher.teacher is not None and not needing:
+            raise InputError(f"{place}.teacher: no term of the loss reads a teacher; leave teacher out")
+        if method_of(teacher, place).fine_tunes and teacher.start is None:
+            raise InputError(f"{place}: {teacher.method} goes on from a trained network; name its teacher as start")
+        self._check_start(place, teacher)
+        _check_mixtures(place, terms, training)
+        self._check_route(place, training, [teacher.teacher] if teacher.teacher else [])
+
+    def _check_start(self, place: str, teacher: TrainedTeacher) -> None:
+        """Refuse a start from a network of another kind, where the settings say what it is."""
+        source = None if teacher.start is None else self.teachers[teacher.start]
+        while isinstance(source, SavedTeacher) and source.teacher in self.teachers:
+            source = self.teachers[source.teacher]
+        model = None if source is None or isinstance(source, SavedTeacher) else source.model
+        if model is not None and model != teacher.model:
+            raise InputError(f"{place}.start: {teacher.start} is a {model}, and a {teacher.model} was to go on from it")
+
+    def _check_saved(self, place: str, teacher: SavedTeacher) -> None:
+        source = self.teachers.get(teacher.teacher)
+        if not isinstance(source, TrainedTeacher):
+            trained = [key for key, value in self.teachers.items() if isinstance(value, TrainedTeacher)]
+            raise InputError(f"{place}.from: {unknown_name('trained teacher', teacher.teacher, trained)}")
+        training = self.training_of(source, f"teachers.{teacher.teacher}")
+        if teacher.best is not None and not training.held_out:
+            raise InputError(
+                f"{place}.best: {teacher.teacher} holds no training images out to be judged on; set held_out in its "
+                f"training"
+            )
+        if teacher.after is not None:
             try:
-                epochs_at(teacher.after, training.epochs)
+                epochs_at(teacher.after, training.epochs_run())
             except InputError as error:
                 raise InputError(f"{place}.after: {error}") from None
 
+    def _check_route(self, place: str, training: TrainingConfig, teachers: Iterable[str]) -> None:
+        """Refuse a route of checkpoints where there is no run that it could lead through."""
+        if not training.route:
+            return
+        if not teachers:
+            raise InputError(f"{place}.training.route: it is a route through a teacher's run, and there is no teacher")
+        for name in teachers:
+            source = self.teachers[name]
+            if not isinstance(source, TrainedTeacher):
+                raise InputError(f"{place}.training.route: the teacher {name} is not trained in this study")
+            for point in training.route:
+                try:
+                    epochs_at(point, self.training_of(source).epochs_run())
+                except InputError as error:
+                    raise InputError(f"{place}.training.route: {error}") from None
+
+    def needed_by(self, name: str) -> str | None:
+        """Return the teacher that must be finished before another one can be made; ``None`` where there is none."""
+        teacher = self.teachers.get(name)
+        if isinstance(teacher, TrainedTeacher):
+            return teacher.start or teacher.teacher
+        return teacher.teacher if isinstance(teacher, SavedTeacher) else None
+
     def _check_student(self, name: str, student: Student) -> None:
         place = f"students.{name}"
-        distils = any(config.needs_teacher for config in terms_of(student, place).values())
-        self.training_of(student, place)
+        terms, training = terms_of(student, place), self.training_of(student, place)
+        distils = any(config.needs_teacher for config in terms.values())
         if len(set(student.teachers or ())) < len(student.teachers or ()):
             raise InputError(f"{place}.teachers must all be different, got {list(student.teachers or ())}")
         for teacher in student.teachers or ():
@@ -185,6 +264,8 @@ class StudyConfig(Settings):
             raise InputError(f"{place}: the method {student.method} needs a teacher, and the study names none")
         if not distils and student.teachers:
             raise InputError(f"{place}.teachers: no term of the loss reads a teacher; leave teachers out")
+        _check_mixtures(place, terms, training)
+        self._check_route(place, training, self.teachers_of(student) if distils else [])
 
     def teachers_of(self, student: Student) -> tuple[str, ...]:
         """Return the names of the teachers that a distilled student learns from."""
@@ -213,13 +294,13 @@ def method_of(spec: TrainedTeacher | Student, place: str = "") -> Method:
     Raises:
         InputError: there is none of that name, or it is for the other role.
     """
-    role: Literal["teacher", "student"] = "student" if isinstance(spec, Student) else "teacher"
+    roles = ("student",) if isinstance(spec, Student) else ("teacher", "student") if spec.teacher else ("teacher",)
     try:
         method = method_named(spec.method)
     except InputError as error:
         raise InputError(f"{place}.method: {error}" if place else str(error)) from None
-    if method.role != role:
-        raise InputError(f"{place}.method: {method.name} is a method for a {method.role}, wanted one for a {role}")
+    if method.role not in roles:
+        raise InputError(f"{place}.method: {method.name} is a method for a {method.role}, wanted one for a {roles[0]}")
     return method
 
 
@@ -245,6 +326,16 @@ def terms_of(spec: TrainedTeacher | Student, place: str = "") -> dict[str, Objec
         terms[name] = parse(config, settings, place=f"{place}.terms.{name}" if place else name)
     _check_stages(terms, f"{place}.terms" if place else "terms")
     return terms
+
+
+def _check_mixtures(place: str, terms: Mapping[str, ObjectiveConfig], training: TrainingConfig) -> None:
+    """Refuse blended images for terms that would take them for what their label says."""
+    refusing = [name for name, config in terms.items() if not config.takes_mixtures]
+    if training.mixing is not None and refusing:
+        raise InputError(
+            f"{place}: {refusing[0]} is about single images, and training.mixing {training.mixing.name} blends them; "
+            f"leave one out"
+        )
 
 
 def _check_stages(terms: Mapping[str, ObjectiveConfig], place: str) -> None:
@@ -294,7 +385,7 @@ def differences(old: StudyConfig, new: StudyConfig) -> list[str]:
     """
     before, after = (_flat(config.model_dump(mode="json", by_alias=True)) for config in (old, new))
     for tree in (before, after):
-        for key in [key for key in tree if key in FREE or key.endswith(".baseline")]:
+        for key in [key for key in tree if key.split(".")[0] in FREE or key.endswith(".baseline")]:
             del tree[key]
     lines: list[str] = []
     for key in [*before, *(key for key in after if key not in before)]:

@@ -69,19 +69,34 @@ def jobs_of(config: StudyConfig) -> dict[Job, Job | None]:
     """Return the networks of a study in the order of their training, each with the one that it needs."""
     jobs: dict[Job, Job | None] = {}
     for seed in config.seeds:
-        for name, teacher in config.teachers.items():
-            source = Job("teacher", teacher.teacher, seed) if isinstance(teacher, SavedTeacher) else None
-            jobs[teacher_job(config, name, seed)] = source
+        for name in config.teachers:
+            needed = config.needed_by(name)
+            jobs[teacher_job(config, name, seed)] = teacher_job(config, needed, seed) if needed else None
     for seed in config.seeds:
         for arm in config.arms():
             jobs[Job("student", arm.name, seed)] = teacher_job(config, arm.teacher, seed) if arm.teacher else None
-    # A teacher that is an earlier state of another comes after it, wherever it stands in the settings.
+    # A teacher that needs another one comes after it, wherever it stands in the settings.
     return dict(sorted(jobs.items(), key=lambda item: (item[0].role == "student", _depth(jobs, item[0]))))
 
 
 def _depth(jobs: Mapping[Job, Job | None], job: Job) -> int:
     needed = jobs.get(job)
     return 0 if needed is None else 1 + _depth(jobs, needed)
+
+
+def teacher_of(config: StudyConfig, job: Job) -> Job | None:
+    """Return the network that another one learns from; ``None`` for one that learns from the labels alone."""
+    spec = spec_of(config, job)
+    if isinstance(spec, TrainedTeacher):
+        return teacher_job(config, spec.teacher, job.seed) if spec.teacher else None
+    return jobs_of(config)[job] if isinstance(spec, Student) else None
+
+
+def start_of(config: StudyConfig, job: Job) -> Job | None:
+    """Return the network whose weights another one goes on from; ``None`` for one with new weights."""
+    spec = spec_of(config, job)
+    start = spec.start if isinstance(spec, TrainedTeacher) else None
+    return teacher_job(config, start, job.seed) if start else None
 
 
 def spec_of(config: StudyConfig, job: Job) -> TrainedTeacher | SavedTeacher | FileTeacher | Student:

@@ -65,8 +65,15 @@ def _losses(configs: Mapping[str, ObjectiveConfig]) -> Iterator[str]:
 def _training(found: Method) -> Iterator[str]:
     """Yield what the method changes in how the network is trained."""
     if found.training:
-        changes = ", ".join(f"`{path}` {value:g}" for path, value in _flat(found.training))
+        changes = ", ".join(f"`{path}` {_written(value)}" for path, value in _flat(found.training))
         yield from (f"Training differs: {changes}.", "")
+
+
+def _written(value: Any) -> str:
+    """Return a setting's value as a page shows it."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_written, cast("Sequence[Any]", value)))
+    return f"{value:.4g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value).lower()
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -86,7 +93,13 @@ def _ramp(config: ObjectiveConfig) -> str:
 def _use(found: Method) -> list[str]:
     """Return how a study asks for the method, as a fenced block."""
     model = "wrn_40_2" if found.role == "teacher" else "wrn_16_2"
-    return ["```yaml", f"{found.role}s:", f"  {found.name}: {{model: {model}, method: {found.name}}}", "```"]
+    needs_teacher = any(objective_config(term).needs_teacher for term in found.terms)
+    other = ", start: standard" if found.fine_tunes else ""
+    other += ", teacher: standard" if found.role == "teacher" and needs_teacher else ""
+    other += ", terms: {sftn: {student: wrn_16_2}}" if "sftn" in found.terms else ""
+    first = [f"  standard: {{model: {model}, method: standard}}"] if ": standard" in other else []
+    own = f"  {found.name}: {{model: {model}, method: {found.name}{other}}}"
+    return ["```yaml", f"{found.role}s:", *first, own, "```"]
 
 
 def _describe_term(name: str, config: ObjectiveConfig, settings: dict[str, Any]) -> Iterator[str]:

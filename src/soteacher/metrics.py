@@ -11,8 +11,12 @@ from torch.nn import functional as F
 from soteacher.errors import InputError
 
 
-def _check(logits: Tensor, labels: Tensor) -> None:
-    """Raise unless ``logits`` is ``[N, K]`` of floats and ``labels`` is ``[N]`` of class ids, with N at least 1."""
+def check_predictions(logits: Tensor, labels: Tensor) -> None:
+    """Check that ``logits`` is ``[N, K]`` of floats and ``labels`` is ``[N]`` of class ids, with N at least 1.
+
+    Raises:
+        InputError: they are something else.
+    """
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or logits.numel() == 0:
         shapes = f"{list(logits.shape)} and {list(labels.shape)}"
         raise InputError(f"logits and labels have shapes {shapes}; wanted [N, K] and [N], not empty")
@@ -33,7 +37,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     Raises:
         InputError: wrong shapes, types or class ids.
     """
-    _check(logits, labels)
+    check_predictions(logits, labels)
     return int((logits.argmax(dim=1) == labels).sum()) / len(labels)
 
 
@@ -47,7 +51,7 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor) -> float:
     Raises:
         InputError: wrong shapes, types or class ids.
     """
-    _check(logits, labels)
+    check_predictions(logits, labels)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     losses = F.cross_entropy(wide, labels.long(), reduction="none")
     return losses.cpu().double().mean().item()
@@ -71,7 +75,7 @@ def reliability_bins(logits: Tensor, labels: Tensor, *, num_bins: int = 15) -> l
     Raises:
         InputError: wrong shapes, types or class ids, or ``num_bins < 1``.
     """
-    _check(logits, labels)
+    check_predictions(logits, labels)
     if num_bins < 1:
         raise InputError(f"num_bins must be at least 1, got {num_bins}")
     wide = logits if logits.dtype == torch.float64 else logits.float()

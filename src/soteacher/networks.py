@@ -6,46 +6,62 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from soteacher import metrics
 from soteacher.assembly import Assembled, assemble
-from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher
-from soteacher.data import TrainLoader
+from soteacher.config import FileTeacher, SavedTeacher, Student, TrainedTeacher
+from soteacher.data import EvaluationLoader, TrainLoader, held_out_rows
+from soteacher.diagnostics.calibration import brier_score, fit_temperature
+from soteacher.diagnostics.card import make_card
 from soteacher.environment import PeakMemory, environment
-from soteacher.errors import InputError
-from soteacher.files import read_json, write_tensors, write_text
+from soteacher.files import read_json, write_json, write_tensors, write_text
 from soteacher.jobs import (
     Job,
     OnEvent,
     Study,
     evaluation_batches,
-    jobs_of,
     load_finished,
     load_teacher_file,
     restored,
     spec_of,
+    start_of,
+    teacher_of,
     weights_checksum,
 )
+from soteacher.kept_epochs import (
+    best_epochs,
+    best_weights,
+    criteria_to_keep,
+    epoch_weights,
+    epochs_to_keep,
+    history_of,
+    saved_state,
+    weights_after,
+)
 from soteacher.models.classifier import Classifier, NetworkSpec
-from soteacher.models.parts import Parts
+from soteacher.models.parts import Parts, evaluating
 from soteacher.models.taps import Tapped, resolve_taps
-from soteacher.models.weights import save_classifier
+from soteacher.models.temperature import divide_logits
+from soteacher.models.weights import load_weights, read_weights, save_classifier
 from soteacher.objective import Stage
 from soteacher.randomness import derive_seed
+from soteacher.train.averaging import WeightAverage
 from soteacher.train.checkpoint import Checkpoint
-from soteacher.train.config import TrainingConfig, epochs_at
-from soteacher.train.evaluate import Evaluation, evaluate
+from soteacher.train.config import TrainingConfig
+from soteacher.train.evaluate import Evaluation, evaluate, predict
 from soteacher.train.logs import open_loggers
 from soteacher.train.loop import StepReport, Trainee, fabric_for, fit
 from soteacher.train.optimizer import backward_for, build_optimizer
-from soteacher.train.teacher_signal import LiveTeacher
+from soteacher.train.teacher_signal import LiveTeacher, RouteOfTeachers, TeacherSchedule
+from soteacher.types import Outputs, Step
 
 NO_COSTS: dict[str, Any] = dict.fromkeys(
     ("preparation_seconds", "seconds_per_step", "extra_parameters", "peak_memory_bytes")
@@ -65,10 +81,6 @@ def train_network(study: Study, job: Job, *, on_event: OnEvent, should_stop: Cal
     on_event(job, {"event": "finished", "row": read_json(study.folder_of(job) / "model.json")["row"]})
 
 
-def _teacher_job(study: Study, job: Job) -> Job | None:
-    return jobs_of(study.config)[job] if job.role == "student" else None
-
-
 def _train(
     study: Study,
     job: Job,
@@ -78,19 +90,25 @@ def _train(
     should_stop: Callable[[], bool],
 ) -> None:
     """Put a network, its loss, its data and its teacher together, run the loop, save what comes out."""
-    training, (teacher, title) = study.config.training_of(spec), _teacher(study, job)
-    made = assemble(study, spec, role=job.role, seed=job.seed, teacher=teacher, teacher_name=title)
+    training, (teachers, title) = study.config.training_of(spec), _teachers(study, job, spec)
+    start = start_of(study.config, job)
+    made = assemble(
+        study, spec, role=job.role, seed=job.seed, teacher=teachers[-1] if teachers else None, teacher_name=title,
+        start=load_finished(study, start) if start else None,
+    )  # fmt: skip
     fingerprint = _fingerprint(study, job, made, spec)
     resume = study.folder_of(job) / "resume"
     preparation = Checkpoint(resume / "preparation", fingerprint)
     checkpoint = Checkpoint(resume, fingerprint)
     memory = PeakMemory(study.device)
     before = _prepare(
-        study, job, made, teacher, training, preparation, on_event=on_event, should_stop=should_stop
+        study, job, made, teachers, training, preparation, on_event=on_event, should_stop=should_stop
     )  # fmt: skip
     made.start_training()
-    trainee = make_trainee(study, job, made, teacher, training, "training")
+    trainee = make_trainee(study, job, made, teachers, training, "training")
     batches = _batches(study, job, made, training, "training")
+    if not checkpoint.path.exists():
+        _survey(study, job, made, trainee)
     history = _fit(
         study, job, trainee, batches, made.classifier, checkpoint, on_event=on_event, should_stop=should_stop
     )
@@ -99,6 +117,7 @@ def _train(
         "terms": {name: config.model_dump(mode="json") for name, config in made.configs.items()},
         "training": training.model_dump(mode="json"),
         "fingerprint": fingerprint,
+        **_conclude(study, job, trainee, batches, made.classifier, history),
     }
     costs = {
         "preparation_seconds": sum(line["seconds"] for line in before),
@@ -115,7 +134,7 @@ def _prepare(
     study: Study,
     job: Job,
     made: Assembled,
-    teacher: Classifier | None,
+    teachers: Sequence[Classifier],
     training: TrainingConfig,
     checkpoint: Checkpoint,
     *,
@@ -130,7 +149,7 @@ def _prepare(
         return []
     own = training.preparation()
     first = {name: tensor.clone() for name, tensor in made.classifier.state_dict().items()}
-    trainee = make_trainee(study, job, made, teacher, own, "preparation")
+    trainee = make_trainee(study, job, made, teachers, own, "preparation")
 
     def on_epoch(line: dict[str, Any]) -> None:
         on_event(job, {"event": "epoch", "stage": "preparation", "epochs": own.epochs, **line})
@@ -154,36 +173,115 @@ def _batches(study: Study, job: Job, made: Assembled, training: TrainingConfig, 
     return TrainLoader(
         study.data.train, batch_size=training.batch_size, augment=study.config.data.augment,
         seed=derive_seed(job.seed, job.role, purpose), device=study.device, workers=torch.get_num_threads(),
-        views=made.views(stage),
+        views=made.views(stage), rows=rows_of(study, job)[0], mixing=training.mixing,
     )  # fmt: skip
 
 
-def _teacher(study: Study, job: Job) -> tuple[Classifier | None, str]:
-    """Return a student's trained teacher, frozen, and how messages call it; none for a network without a teacher."""
-    teacher = _teacher_job(study, job)
+def rows_of(study: Study, job: Job) -> tuple[Tensor, Tensor | None]:
+    """Return the training examples that a network is trained on, and those that it holds out, if any."""
+    spec = spec_of(study.config, job)
+    if isinstance(spec, SavedTeacher):
+        return rows_of(study, Job("teacher", spec.teacher, job.seed))
+    share = 0.0 if isinstance(spec, FileTeacher) else study.config.training_of(spec).held_out
+    if not share:
+        return torch.arange(study.data.train.num_examples), None
+    return held_out_rows(study.data.train.labels, share, derive_seed(job.seed, "held out"))
+
+
+def _held_out(study: Study, job: Job) -> EvaluationLoader | None:
+    """Return the training images that a network is judged by; ``None`` where it is trained on all."""
+    rows = rows_of(study, job)[1]
+    return None if rows is None else evaluation_batches(study.data.train.subset(rows), study.device)
+
+
+def _teachers(study: Study, job: Job, spec: TrainedTeacher | Student) -> tuple[list[Classifier], str]:
+    """Return a network's trained teachers in the order of their turns, frozen, and how messages call them.
+
+    There are several on a route through one teacher's run, and none for a network that learns from the labels alone.
+    """
+    teacher = teacher_of(study.config, job)
     if teacher is None:
-        return None, ""
-    classifier, network = load_finished(study, teacher)
-    return classifier.requires_grad_(False).eval(), f"teacher {network.model}"
+        return [], ""
+    last, network = load_finished(study, teacher)
+    points = study.config.training_of(spec).route
+    paths = [weights_after(study, teacher, point)[1] for point in points]
+    classifiers = [*(restored(study, network, path) for path in paths), last]
+    return [classifier.requires_grad_(False).eval() for classifier in classifiers], f"teacher {network.model}"
+
+
+@torch.no_grad()
+def _survey(study: Study, job: Job, made: Assembled, trainee: Trainee) -> None:
+    """Show all training examples to the objectives that want to see them before the first step."""
+    surveying = [term.objective for term in trainee.terms if term.objective.surveys]
+    if not surveying:
+        return
+    rows = rows_of(study, job)[0].to(study.device)
+    with evaluating(made.classifier):
+        for batch in evaluation_batches(study.data.train.subset(rows.cpu()), study.device):
+            logits, features = trainee.forward(batch.images)
+            step = Step(
+                images=batch.images, labels=batch.labels, indices=rows[batch.indices],
+                outputs=Outputs(logits=logits, features=features), model=trainee.network, parts=trainee.parts,
+                epoch=0, num_epochs=trainee.config.epochs, progress=0.0,
+            )  # fmt: skip
+            for objective in surveying:
+                objective.survey(step)
+
+
+def _conclude(
+    study: Study,
+    job: Job,
+    trainee: Trainee,
+    batches: TrainLoader,
+    classifier: Classifier,
+    history: Sequence[Mapping[str, Any]],
+) -> dict[str, Any]:
+    """Make the network that is kept of the last epoch's: averaged, the best epoch's, or calibrated, as was asked for.
+
+    Returns:
+        What was done, for the network's facts: ``averaging``, ``kept_epochs`` or ``temperature``.
+    """
+    training, held_out, facts = trainee.config, _held_out(study, job), dict[str, Any]()
+    if trainee.average is not None and training.averaging is not None:
+        torch.manual_seed(derive_seed(trainee.seed, "statistics"))
+        images = (batch.images for batch in batches.epoch(training.epochs_run()))
+        trainee.average.put_into(trainee.network, classifier, images)
+        facts["averaging"] = training.averaging.name
+    if training.keep_best is not None:
+        path = best_weights(study.folder_of(job), training.keep_best)
+        load_weights(classifier.network, read_weights(path), source=str(path))
+        facts["kept_epochs"] = best_epochs(history, training.keep_best)
+    if training.calibrate and held_out is not None:
+        logits, labels = predict(classifier, held_out)
+        facts["temperature"] = fit_temperature(logits, labels)
+        divide_logits(classifier, facts["temperature"], next(iter(held_out)).images)
+    return facts
 
 
 def make_trainee(
-    study: Study, job: Job, made: Assembled, teacher: Classifier | None, training: TrainingConfig, stage: Stage
+    study: Study, job: Job, made: Assembled, teachers: Sequence[Classifier], training: TrainingConfig, stage: Stage
 ) -> Trainee:
-    """Set a network up for its device and precision, with one stage's objectives, its optimiser and its teacher."""
+    """Set a network up for its device and precision, with one stage's objectives, its optimiser and its teachers."""
     fabric, terms, classifier = fabric_for(study.device, training.precision), made.stage(stage), made.classifier
     objectives = nn.ModuleList(term.objective for term in terms).to(fabric.device)
     forward = _callable(classifier, {name for term in terms for name in term.objective.features}, training)
     optimizer: Any = build_optimizer(training.optimizer, [*classifier.parameters(), *objectives.parameters()])
     called, optimizer = fabric.setup(forward, optimizer)
-    signal = None
-    if teacher is not None and made.reads_teacher(stage):
+    schedule: TeacherSchedule | None = None
+    if teachers and made.reads_teacher(stage):
         taps = {name for term in terms for name in term.objective.teacher_features}
-        signal = LiveTeacher(fabric.setup_module(_callable(teacher, taps, training).eval()), Parts(teacher))
+        live = [
+            LiveTeacher(fabric.setup_module(_callable(teacher, taps, training).eval()), Parts(teacher))
+            for teacher in teachers
+        ]
+        schedule = live[0] if len(live) == 1 else RouteOfTeachers(live)
+    average = None
+    if training.averaging is not None:
+        average = WeightAverage(classifier.network, training.averaging, num_epochs=training.epochs)
     return Trainee(
         network=classifier.network, forward=called, parts=Parts(classifier), terms=terms, optimizer=optimizer,
-        backward=backward_for(training.optimizer), teacher=signal, fabric=fabric, config=training,
-        seed=derive_seed(job.seed, job.role, stage),
+        backward=backward_for(training.optimizer), teacher=schedule, fabric=fabric, config=training,
+        seed=derive_seed(job.seed, job.role, stage), average=average,
     )  # fmt: skip
 
 
@@ -208,22 +306,27 @@ def _fit(
     should_stop: Callable[[], bool],
 ) -> list[dict[str, Any]]:
     """Run the loop for one network, keeping its curves, its wanted epochs and its progress."""
-    folder, epochs = study.folder_of(job), trainee.config.epochs
-    wanted = _wanted_epochs(study.config, job, trainee.config)
+    folder, epochs = study.folder_of(job), trainee.config.epochs_run()
+    wanted, criteria = epochs_to_keep(study.config, job), criteria_to_keep(study.config, job)
     lines = checkpoint.history()  # not those of metrics.jsonl: a kill may have come between the two
     name = f"{study.config.name}/{study.folder.name}/{job.role}s/{job.arm}/seed{job.seed}"
     loggers = open_loggers(study.config.logging, folder, name, start_epoch=len(lines))
     test = evaluation_batches(study.data.test, trainee.fabric.device)
+    held_out = _held_out(study, job)
 
     def measure() -> dict[str, float]:
         result = evaluate(classifier, test)
-        return {"test_accuracy": result.accuracy, "test_nll": result.nll, "test_ece": result.ece}
+        figures = {"test_accuracy": result.accuracy, "test_nll": result.nll, "test_ece": result.ece}
+        return figures if held_out is None else figures | _held_out_figures(classifier, held_out)
 
     def on_epoch(line: dict[str, Any]) -> None:
         lines.append(line)
         _write_lines(folder / "metrics.jsonl", lines)
         if len(lines) in wanted:
-            write_tensors(_epoch_weights(folder, len(lines)), trainee.network.state_dict())
+            write_tensors(epoch_weights(folder, len(lines)), trainee.network.state_dict())
+        for criterion in criteria:
+            if best_epochs(lines, criterion) == len(lines):
+                write_tensors(best_weights(folder, criterion), trainee.network.state_dict())
         for logger in loggers:
             logger.log(_figures(line), epoch=line["epoch"])
         on_event(job, {"event": "epoch", "epochs": epochs, **line})
@@ -262,6 +365,11 @@ def _finish(
         "environment": environment(study.device, torch.get_num_threads()),
         "reliability": {split: figure.reliability for split, figure in figures.items()},
     }  # fmt: skip
+    if job.role == "teacher" and study.config.card is not None:
+        data = replace(study.data, train=study.data.train.subset(rows_of(study, job)[0]))
+        augment, settings = study.config.data.augment, study.config.card
+        card = make_card(classifier, network, data, augment, settings, device=study.device)
+        write_json(study.folder_of(job) / "card.json", card)
     save_classifier(study.folder_of(job), classifier, network, everything)
 
 
@@ -276,7 +384,7 @@ def _row(
     parameters: int,
 ) -> dict[str, Any]:
     """Return the line of ``results.json`` for a network. The last epoch is the headline; the best selects nothing."""
-    teacher = _teacher_job(study, job)
+    teacher = teacher_of(study.config, job)
     accuracies = [line["test_accuracy"] for line in history] or [figures["test"].accuracy]
     seconds = sum(line["seconds"] for line in history)
     images = sum(line["images_per_second"] * line["seconds"] for line in history)
@@ -303,45 +411,17 @@ def _row(
 
 def _take_saved(study: Study, job: Job, spec: SavedTeacher) -> None:
     """Make a teacher of an earlier state of another one."""
-    source, epochs, path = _saved(study, job, spec)
+    source = Job("teacher", spec.teacher, job.seed)
+    epochs, path = saved_state(study, source, spec)
     folder = study.folder_of(source)
     facts = read_json(folder / "model.json")
-    history = _read_lines(folder / "metrics.jsonl")[:epochs]
+    history = history_of(folder)[:epochs]
     network = NetworkSpec(**facts["network"])
     classifier = restored(study, network, path)
     _write_lines(study.folder_of(job) / "metrics.jsonl", history)
     kept_facts = {key: facts[key] for key in ("method", "terms", "training")}
     fingerprint = f"{facts['fingerprint']}-after-{epochs}"
     _finish(study, job, classifier, network, history, {**kept_facts, "fingerprint": fingerprint})
-
-
-def _saved(study: Study, job: Job, spec: SavedTeacher) -> tuple[Job, int, Path]:
-    """Return the teacher that a saved one is a state of, after how many epochs, and where its weights of then lie."""
-    source, trained = Job("teacher", spec.teacher, job.seed), study.config.teachers[spec.teacher]
-    assert isinstance(trained, TrainedTeacher)
-    total = study.config.training_of(trained).epochs
-    epochs, folder = epochs_at(spec.after, total), study.folder_of(source)
-    return source, epochs, folder / "model.safetensors" if epochs == total else _epoch_weights(folder, epochs)
-
-
-def check_saved(study: Study) -> None:
-    """Make sure that the earlier states that teachers are made of were or will be kept.
-
-    Raises:
-        InputError: a teacher is finished, and its weights of that time were not kept.
-    """
-    for job in jobs_of(study.config):
-        spec = spec_of(study.config, job)
-        if not isinstance(spec, SavedTeacher) or study.finished(job):
-            continue
-        source, epochs, path = _saved(study, job, spec)
-        if study.finished(source) and not path.exists():
-            others = study.folder_of(source).glob("epochs/after-*.safetensors")
-            kept = sorted(int(other.stem.removeprefix("after-")) for other in others)
-            raise InputError(
-                f"{job.name}: the weights of {source.name} after {epochs} epochs were not kept; kept: "
-                f"{kept or 'none'}; set save_every in its training and train it anew"
-            )
 
 
 def _take_file(study: Study, job: Job, spec: FileTeacher) -> None:
@@ -354,7 +434,7 @@ def _take_file(study: Study, job: Job, spec: FileTeacher) -> None:
 
 def _fingerprint(study: Study, job: Job, made: Assembled, spec: TrainedTeacher | Student) -> str:
     """Return the checksum of everything that decides a network's numbers."""
-    teacher = _teacher_job(study, job)
+    teacher = teacher_of(study.config, job)
     facts = {
         "data": study.data.checksum, "augment": study.config.data.augment.model_dump(mode="json"),
         "seed": job.seed, "role": job.role,
@@ -366,19 +446,15 @@ def _fingerprint(study: Study, job: Job, made: Assembled, spec: TrainedTeacher |
     return blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _wanted_epochs(config: StudyConfig, job: Job, training: TrainingConfig) -> set[int]:
-    """Return the numbers of finished epochs whose weights are kept beside those of the end."""
-    every = training.save_every
-    wanted = set(range(every, training.epochs, every)) if every else set[int]()
-    for other in config.teachers.values() if job.role == "teacher" else ():
-        if isinstance(other, SavedTeacher) and other.teacher == job.arm:
-            wanted.add(epochs_at(other.after, training.epochs))
-    return wanted - {training.epochs}
-
-
-def _epoch_weights(folder: Path, finished: int) -> Path:
-    """Return where a network's weights after so many finished epochs are kept."""
-    return folder / "epochs" / f"after-{finished}.safetensors"
+def _held_out_figures(classifier: nn.Module, held_out: EvaluationLoader) -> dict[str, float]:
+    """Return how good a network is on training images that it is not trained on."""
+    logits, labels = predict(classifier, held_out)
+    return {
+        "held_out_accuracy": metrics.accuracy(logits, labels),
+        "held_out_nll": metrics.negative_log_likelihood(logits, labels),
+        "held_out_brier": brier_score(logits, labels),
+        "held_out_ece": metrics.expected_calibration_error(logits, labels),
+    }
 
 
 def _count(classifier: nn.Module) -> int:
@@ -392,8 +468,3 @@ def _figures(line: Mapping[str, Any]) -> dict[str, float]:
 
 def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the figures of each epoch of a network."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

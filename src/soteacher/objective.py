@@ -74,12 +74,23 @@ class Objective(nn.Module, ABC, Generic[StepT]):
     views: ClassVar[tuple[View, ...]] = ()
     """The views of each image that it reads besides the batch's own."""
 
+    surveys: ClassVar[bool] = False
+    """Whether it wants to see all training examples before the first step."""
+
     @abstractmethod
     def forward(self, step: StepT) -> Tensor:
         """Return the scalar mean over the batch. Must not change the objective's state."""
 
     def update(self, step: StepT) -> None:
         """Take in the finished step: running averages, memory banks. Stateless objectives do nothing."""
+        del step
+
+    def survey(self, step: StepT) -> None:
+        """Take in a batch of the training examples as the network sees them before the first step.
+
+        Called for each batch, in order, of unchanged images, with the network in evaluation mode and without gradients,
+        if ``surveys`` says so. A resumed training is not surveyed again: what is kept must be buffers.
+        """
         del step
 
     def start(self, prepared: Mapping[str, Objective[Any]]) -> None:
@@ -166,6 +177,8 @@ class ObjectiveConfig(Settings, ABC):
     """The objective of the preparation that it continues, and cannot do without."""
     is_taken_over: ClassVar[bool] = False
     """Whether it only makes, in the preparation, what another objective takes over."""
+    takes_mixtures: ClassVar[bool] = False
+    """Whether the objective knows what to do with blended images; see :class:`soteacher.types.Mixture`."""
     prepares_alone: ClassVar[bool] = False
     """Whether the network's preparation is to follow this objective and no other one."""
 
@@ -218,3 +231,14 @@ class Method:
     """Objective names and their settings; an empty dictionary takes the objective's defaults."""
     training: dict[str, Any] = field(default_factory=dict[str, Any])
     """What the method changes in how the network is trained; a study's own settings go over it."""
+    fine_tunes: bool = False
+    """Whether it goes on from a network that is trained already, which the study's ``start`` names."""
+
+    def without(self, term: str) -> Method:
+        """Return the ablation that leaves one term out; it is called ``NAME_without_TERM``."""
+        return replace(
+            self,
+            name=f"{self.name}_without_{term}",
+            title=f"{self.title}; without the term {term}",
+            terms={name: settings for name, settings in self.terms.items() if name != term},
+        )

@@ -5,7 +5,7 @@ A whole study is one YAML file in ``recipes/``; of the others ``published_settin
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -84,14 +84,30 @@ def read_study(
         pair: teacher and student, where the recipe is a method's; see :func:`recipe_text`.
 
     Raises:
-        InputError: no such recipe, pair or file, or settings that cannot be used; the source and the key are named.
+        InputError: no such recipe, pair or file, a series of studies, or settings that cannot be used; the source and
+            the key are named.
     """
-    tree, origin = _read(source, pair)
+    tree, origin = read_source(source, pair)
+    if is_series(tree):
+        raise InputError(f"{origin or 'the tree'} is a series of studies (it has vary), wanted a single one")
     return parse(StudyConfig, apply_settings(tree, settings), source=origin)
 
 
-def _read(source: str | Path | dict[str, Any], pair: str | None) -> tuple[dict[str, Any], str]:
-    """Return a study's tree, and its name in messages."""
+def is_series(tree: Mapping[str, Any]) -> bool:
+    """Return whether a tree is that of a series of studies; see :mod:`soteacher.series`."""
+    return "vary" in tree
+
+
+def read_source(source: str | Path | dict[str, Any], pair: str | None = None) -> tuple[dict[str, Any], str]:
+    """Return the tree of a recipe, a file or a tree itself, unchecked, and its name in messages.
+
+    Args:
+        source: as in :func:`read_study`.
+        pair: likewise.
+
+    Raises:
+        InputError: no such recipe, pair or file, or no table in it.
+    """
     if isinstance(source, dict):
         _refuse_pair("the tree of settings", pair)
         return source, ""

@@ -144,3 +144,61 @@ def summarise(rows: Sequence[dict[str, Any]], baselines: Mapping[str, str | None
             }
         )
     return summary
+
+
+MIN_CORRELATED_PAIRS = 4
+"""Pairs below which a rank correlation has no interval, and none is given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankCorrelation:
+    """How far one quantity rises with another, whatever the shape of the curve."""
+
+    value: float | None
+    """Spearman's rho, in [-1, 1]; None for fewer than four pairs, or where one side has one value only."""
+    interval: Interval | None
+    """Of the correlation that more pairs would approach; None where there is no value."""
+    count: int
+    """Number of pairs."""
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float], *, confidence: float = 0.95) -> RankCorrelation:
+    r"""Return Spearman's rank correlation of paired values and its interval.
+
+    .. math:: \tanh\Bigl(\operatorname{artanh} r \pm \Phi^{-1}\bigl((1 + c) / 2\bigr)
+              \sqrt{(1 + r^2 / 2) / (n - 3)}\Bigr)
+
+    An approximation for independent pairs: of samples of 6 to 25 normal pairs, between 94 and 99 % of its 95 %
+    intervals hold the true value. Where :math:`|r| = 1` that has no width, although four pairs in one order are
+    little evidence: then the interval's outer end is :math:`r`, and its inner end is that of
+    :math:`1 - 12 / (n (n^2 - 1))`, the next lower value that n different ranks can have.
+
+    Args:
+        first: :math:`n` finite numbers.
+        second: as many, pair by pair.
+        confidence: :math:`c`, in (0, 1).
+
+    Raises:
+        InputError: the numbers of values differ, a value is not finite, or the confidence is outside (0, 1).
+
+    Source: Bonett and Wright 2000, Psychometrika 65(1), the variance of Spearman's Fisher-transformed correlation; what
+    is done at :math:`|r| = 1` is ours.
+    """
+    if len(first) != len(second):
+        raise InputError(f"got {len(first)} and {len(second)} values to correlate; wanted pairs")
+    if not all(map(math.isfinite, (*first, *second))):
+        raise InputError(f"values must be finite, got {list(first)} and {list(second)}")
+    if not 0 < confidence < 1:
+        raise InputError(f"confidence must lie in (0, 1), got {confidence}")
+    count = len(first)
+    if count < MIN_CORRELATED_PAIRS or len(set(first)) < 2 or len(set(second)) < 2:
+        return RankCorrelation(value=None, interval=None, count=count)
+    from scipy.stats import norm, spearmanr
+
+    found: Any = spearmanr(first, second)
+    value = round(float(found.statistic), 12)  # perfect order comes out as 0.9999999999999999
+    inner = min(abs(value), 1 - 12 / (count * (count**2 - 1)))
+    centre, half_width = math.atanh(inner), float(norm.ppf((1 + confidence) / 2))
+    half_width *= math.sqrt((1 + inner**2 / 2) / (count - 3))
+    ends = math.tanh(centre - half_width), max(abs(value), math.tanh(centre + half_width))
+    return RankCorrelation(value=value, interval=ends if value >= 0 else (-ends[1], -ends[0]), count=count)

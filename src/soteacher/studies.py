@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import soteacher
-from soteacher.assembly import assemble, look_at
+from soteacher.assembly import assemble, examples_of, look_at
 from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher
 from soteacher.data import load_data
 from soteacher.environment import environment
@@ -36,9 +36,11 @@ from soteacher.jobs import (
     new_classifier,
     spec_of,
 )
+from soteacher.kept_epochs import check_saved
 from soteacher.models.classifier import Classifier
+from soteacher.models.temperature import divide_logits
 from soteacher.models.zoo import check_network
-from soteacher.networks import check_saved, train_network
+from soteacher.networks import rows_of, train_network
 from soteacher.pool import Work, available_cores, default_workers, run_side_by_side
 from soteacher.report import write_report
 from soteacher.run_folder import LOG, STATE, claim, locked, network_folder, read_config
@@ -247,7 +249,7 @@ def _check_networks(study: Study) -> None:
         title = "" if arm.teacher is None else _title(study, arm.teacher)
         made = assemble(study, student, role="student", seed=0, teacher=teacher, teacher_name=title)
         made.start_training()
-        _check_last_batch(study, student, made.classifier)
+        _check_training(study, Job("student", arm.name, study.config.seeds[0]), student, made.classifier)
 
 
 def _title(study: Study, teacher: str) -> str:
@@ -263,15 +265,28 @@ def _untrained(study: Study, teacher: str) -> Classifier:
         return _untrained(study, spec.teacher)
     if isinstance(spec, FileTeacher):
         return load_teacher_file(study, spec)[0]
-    classifier = assemble(study, spec, role="teacher", seed=0, teacher=None, teacher_name="").classifier
-    _check_last_batch(study, spec, classifier)
-    return classifier
+    other = None if spec.teacher is None else _untrained(study, spec.teacher)
+    title = "" if spec.teacher is None else _title(study, spec.teacher)
+    made = assemble(study, spec, role="teacher", seed=0, teacher=other, teacher_name=title)
+    made.start_training()
+    _check_training(study, Job("teacher", teacher, study.config.seeds[0]), spec, made.classifier)
+    return made.classifier
+
+
+def _check_training(study: Study, job: Job, spec: TrainedTeacher | Student, classifier: Classifier) -> None:
+    """Find what would fail in the last batch of an epoch, or only after the last epoch."""
+    _check_last_batch(study, spec, classifier, examples=len(rows_of(study, job)[0]))
+    if study.config.training_of(spec).calibrate:
+        try:
+            divide_logits(classifier, 2.0, examples_of(study, classifier))
+        except InputError as error:
+            raise InputError(f"{job.role}s.{job.arm}: calibrate: {error}") from None
 
 
 @torch.no_grad()
-def _check_last_batch(study: Study, spec: TrainedTeacher | Student, classifier: Classifier) -> None:
+def _check_last_batch(study: Study, spec: TrainedTeacher | Student, classifier: Classifier, *, examples: int) -> None:
     """Make sure that a network can be trained on the last batch of an epoch where that is a single example."""
-    size, examples = study.config.training_of(spec).batch_size, study.data.train.num_examples
+    size = study.config.training_of(spec).batch_size
     if examples % size != 1 and size != 1:
         return
     data = study.data

@@ -14,6 +14,7 @@ from rich.table import Table
 from soteacher import report
 from soteacher.jobs import Job, jobs_of
 from soteacher.report import cost_table, published_numbers, read_run, summary_sentence, summary_table
+from soteacher.report.series_tables import correlation_sentences, tally_table
 from soteacher.run_folder import LOG, network_folder, read_config
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -25,6 +26,8 @@ class ProgressDisplay:
 
     def __init__(self, run: Path) -> None:
         self._run = run
+        self._series = run
+        self._point: str | None = None
         self._console = Console()
         self._log: TextIO | None = None
         self._tasks: dict[Job, TaskID] = {}
@@ -48,13 +51,25 @@ class ProgressDisplay:
             self._log.close()
 
     def __call__(self, job: Job, event: dict[str, Any]) -> None:
-        """Show one event of one network."""
+        """Show one event of one network; that of a series holds the ``point``, whose folder is then the run's."""
+        if event.get("point", self._point) != self._point:
+            self._go_to(event["point"], event["place"])
         if event["event"] == "step":
             self._step(job, event)
         elif event["event"] == "epoch":
             self._epoch(job, event)
         elif event["event"] == "finished":
             self._finished(job, event["row"])
+
+    def _go_to(self, point: str, place: str) -> None:
+        """Turn to the next run of a series."""
+        if self._log is not None:
+            self._log.close()
+        if self._all is not None:
+            self._bars.remove_task(self._all)
+        self._point, self._log, self._all = point, None, None
+        self._run = self._series / "points" / point
+        self._bars.console.print(f"point {point} ({place})", highlight=False, markup=False)
 
     def _step(self, job: Job, event: Mapping[str, Any]) -> None:
         total = event["epochs"] * event["steps_per_epoch"]
@@ -163,6 +178,9 @@ class DownloadBar:
 def print_results(results: dict[str, Any], run: Path) -> None:
     """Print the table of a study, a sentence for each comparison, and where everything lies."""
     console = Console(width=None if Console().is_terminal else 160)
+    if results.get("kind") == "series":
+        _print_series(results, run, console)
+        return
     teachers = [row for row in results["rows"] if row["role"] == "teacher"]
     if results["summary"]:
         published = published_numbers(read_run(run))
@@ -184,4 +202,15 @@ def print_results(results: dict[str, Any], run: Path) -> None:
         console.print(line, highlight=False, soft_wrap=True, markup=False)
     networks = f"networks: {run}/{'students' if results['summary'] else 'teachers'}/ARM/seedN/model.safetensors"
     for line in (networks, f"report: {run / 'report.html'}"):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _print_series(results: dict[str, Any], run: Path, console: Console) -> None:
+    """Print how often each teacher of a series and its students were better, and where the page is."""
+    tally = tally_table(results)
+    if tally.rows:
+        console.print(_drawn(tally))
+    for entry in correlation_sentences(results):
+        console.print(f"{entry['reason']} {entry['verdict']}", highlight=False, markup=False)
+    for line in (f"points: {run}/points/NAME", f"report: {run / 'report.html'}"):
         console.print(line, highlight=False, soft_wrap=True, markup=False)

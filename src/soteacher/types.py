@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -17,6 +17,16 @@ View = Literal["second", "strong", "rotated"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """What else is in the images of a batch, where each is blended with another one."""
+
+    labels: Tensor
+    """``[B]`` int64 class ids of the other images."""
+    share: Tensor
+    """``[B]`` float32: how much of each image is its own, in [0, 1]; the rest is the other one's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """Augmented examples on the training device."""
 
@@ -28,6 +38,8 @@ class Batch:
     """``[B]`` int64 rows of the training set; objectives with a memory are keyed by them."""
     views: Mapping[View, Tensor] = field(default_factory=dict[View, Tensor])
     """Further views of the same examples, of the names that the objectives asked for."""
+    mixture: Mixture | None = None
+    """What ``images`` are blended with; ``None`` where they are whole, as the further views always are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +101,8 @@ class Step:
     """What the network returned for the further views."""
     parts: NetworkParts | None = None
     """Pieces of the network in training; the loop always gives them."""
+    mixture: Mixture | None = None
+    """What the images are blended with; only objectives whose settings say ``takes_mixtures`` ever see one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,6 +130,19 @@ class NetworkFacts:
     """
     num_logits: int
     """K, the numbers that the network puts out for each example."""
+    batch_norm_of: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Convolution to the batch norm that takes in what it puts out, and nothing else, both as paths in the bare
+    network; convolutions without one are not there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltNetwork:
+    """A network with new weights that an objective has asked for, for the data of its task."""
+
+    classifier: nn.Module
+    """Images ``[B, C, H, W]`` in [0, 1] to logits ``[B, K]``."""
+    parts: NetworkParts
+    facts: NetworkFacts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,3 +157,5 @@ class Task:
     """The network in training."""
     teacher: NetworkFacts | None = None
     """The frozen teacher of a student."""
+    build_network: Callable[[str], BuiltNetwork] | None = None
+    """Makes a network by its name, for objectives that train one beside the network; a study always gives it."""

@@ -55,6 +55,40 @@ def test_mean_and_std_are_of_the_examples_in_use(tmp_path):
     assert data.mean == pytest.approx((data.train.images.double() / 255).mean((0, 2, 3)).tolist())
 
 
+def test_known_distributions_and_clean_labels_come_with_the_images(tmp_path):
+    shares = np.random.default_rng(1).dirichlet(np.ones(3), 12)
+    clean = np.repeat(np.arange(3), 4)
+    data = _load(
+        tmp_path,
+        train_label_distribution=shares,
+        test_label_distribution=shares[:6].astype(np.float32),
+        train_clean_labels=clean,
+    )
+    assert data.train.label_distribution.dtype == data.test.label_distribution.dtype == torch.float32
+    np.testing.assert_array_equal(data.train.label_distribution, shares.astype(np.float32))
+    np.testing.assert_array_equal(data.test.label_distribution, shares[:6].astype(np.float32))
+    assert data.train.clean_labels.tolist() == clean.tolist()
+    assert data.test.clean_labels is None
+    assert data.train.labels.tolist() == _arrays()["train_labels"].tolist()
+
+
+def test_what_is_not_known_is_none(tmp_path):
+    data = _load(tmp_path)
+    for split in (data.train, data.test):
+        assert split.label_distribution is None
+        assert split.clean_labels is None
+
+
+def test_a_subset_is_balanced_by_the_clean_labels(tmp_path):
+    noisy, clean = np.array([1] * 9 + [0, 2, 2]), np.arange(12) % 3
+    shares = np.eye(3)[clean]
+    settings = {"train_examples": 6}
+    part = _load(tmp_path, settings, train_labels=noisy, train_clean_labels=clean, train_label_distribution=shares)
+    assert part.train.clean_labels.bincount().tolist() == [2, 2, 2]
+    assert torch.equal(part.train.label_distribution.argmax(1), part.train.clean_labels)
+    assert torch.equal(part.train.images, _load(tmp_path, settings).train.images)
+
+
 NAN = np.full((12, 6, 6), 0.5)
 NAN[4, 2, 2] = np.nan
 
@@ -84,6 +118,18 @@ NAN[4, 2, 2] = np.nan
         ),
         ({"test_labels": np.full(6, 3)}, "test_labels of .* has label 3; wanted 0 to 2"),
         ({"label_names": np.array(["a", "b"])}, "train_labels of .* has label 2; wanted 0 to 1"),
+        (
+            {"train_label_distribution": np.full((11, 3), 1 / 3)},
+            "train_label_distribution of .* has 11 rows; wanted 12",
+        ),
+        ({"test_label_distribution": np.full((6, 2), 0.5)}, r"float64 of shape \[6, 2\]; wanted .* shape \[N, 3\]"),
+        ({"test_label_distribution": np.ones((6, 3), int)}, r"int64 of shape \[6, 3\]; wanted floating point"),
+        ({"train_label_distribution": np.full((12, 3), np.inf)}, "train_label_distribution of .* not finite"),
+        ({"train_label_distribution": np.full((12, 3), 0.33)}, "row 0 of train_label_.* sums to 0.99; wanted 1"),
+        ({"test_label_distribution": np.tile([1.5, -0.5, 0], (6, 1))}, "test_label_.* has the value -0.5; wanted"),
+        ({"train_clean_labels": np.arange(13) % 3}, "train_clean_labels of .* has 13 labels; wanted 12"),
+        ({"train_clean_labels": np.arange(12) % 4}, "train_clean_labels of .* has label 3; wanted 0 to 2"),
+        ({"train_clean_labels": np.zeros(12)}, r"train_clean_labels of .* is float64 of shape \[12\]; wanted integers"),
         ({"label_names": np.arange(3)}, r"label_names of .* is int64 of shape \[3\]; wanted text"),
         ({"label_names": np.array(["a", "b", "c"], object)}, "allow_pickle=False"),
         ({"train_images": np.full((12, 6, 6, 3), 9, np.uint8)}, "is constant .*; give mean and std"),

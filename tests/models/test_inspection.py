@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from soteacher.errors import InputError
 from soteacher.models.classifier import Classifier
+from soteacher.models.composition import Composition
 from soteacher.models.inspection import inspect_network
 from soteacher.models.taps import Tapped, find_taps
 from soteacher.models.zoo import build_network
@@ -39,6 +40,14 @@ def test_shapes_are_those_of_a_forward_pass(name: str) -> None:
         tap: tuple(feature.shape) for tap, feature in features.items()
     }
     assert logits.shape == (3, facts.num_logits)
+
+
+def test_batch_norms_are_named_by_the_convolution_before_them_in_the_bare_network() -> None:
+    facts, classifier = _inspected("wrn_10_1")
+    assert facts.batch_norm_of["block1.layer.0.conv1"] == "block1.layer.0.bn2"
+    assert dict(facts.batch_norm_of) == dict(Composition(classifier.network, torch.rand(2, 3, 32, 32)))
+    assert len(facts.batch_norm_of) == 3
+    assert all(module.training for module in classifier.modules())
 
 
 def test_a_transformers_features_are_tokens() -> None:
@@ -99,6 +108,7 @@ def test_the_network_is_left_as_it_was() -> None:
     random = torch.get_rng_state()
     facts = inspect_network(network, torch.ones(2, 3, 8, 8), name="mine")
     assert facts.taps["normalization"] == (4, 6, 6)
+    assert dict(facts.batch_norm_of) == {"convolution": "normalization"}
     assert [module.training for module in network.modules()] == modes
     assert modes[0]
     assert not all(modes)

@@ -84,7 +84,7 @@ def test_network_equals_reference(name):
 
 
 @pytest.mark.skipif(not GOLDEN.is_file(), reason=f"no reference values at {GOLDEN}")
-@pytest.mark.parametrize("name", network_names())
+@pytest.mark.parametrize("name", [name for name in network_names() if not name.startswith("patchwise")])  # our own
 def test_state_dict_equals_golden_file(name):
     network = build_network(name, num_classes=100)
     shapes = {key: list(value.shape) for key, value in network.state_dict().items()}

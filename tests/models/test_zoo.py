@@ -43,7 +43,7 @@ def test_timm_network_with_a_tag():
         ("timm/resnet18.nothing", "unknown network.*timm/resnet18"),
         ("timm/", "unknown network 'timm/'"),
         ("", "unknown network ''; known: "),
-        ("zzzzzzz", "unknown network 'zzzzzzz'; known: mobilenet_v2, resnet110"),
+        ("zzzzzzz", "unknown network 'zzzzzzz'; known: mobilenet_v2, patchwise_4_16"),
         ("resnet18", "depth must be 6n.*; timm has one of that name: timm/resnet18"),
         ("resnet9", "^resnet9: depth must be 6n.*got 9$"),
         ("resnet8x1", "^resnet8x1: width must be at least 2, got 1$"),

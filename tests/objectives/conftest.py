@@ -17,7 +17,7 @@ from soteacher.models.takeover import take_over_classifier
 from soteacher.models.taps import Tapped, resolve_taps
 from soteacher.models.zoo import build_network
 from soteacher.objective import Objective, ObjectiveConfig
-from soteacher.types import DistillStep, Outputs, Task, View
+from soteacher.types import BuiltNetwork, DistillStep, Outputs, Task, View
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 
@@ -183,8 +183,13 @@ def make_pair() -> Callable[..., Pair]:
             labels=torch.arange(EXAMPLES) % CLASSES,
             network=inspect_network(student, IMAGES, name=f"student {student_name}"),
             teacher=inspect_network(teacher, IMAGES, name=f"teacher {teacher_name}"),
+            build_network=build,
         )
         return Pair(student, teacher, task)
+
+    def build(name: str) -> BuiltNetwork:
+        made = Classifier(build_network(name, num_classes=CLASSES), mean=[0.5] * 3, std=[0.25] * 3)
+        return BuiltNetwork(classifier=made, parts=Parts(made), facts=inspect_network(made, IMAGES, name=name))
 
     def make(pair: str, config: ObjectiveConfig | None = None) -> Pair:
         found = original(pair)

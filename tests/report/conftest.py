@@ -91,6 +91,40 @@ def write_network(
     return row
 
 
+def write_card(folder: Path, arm: str, seed: int, figures: dict[str, Any]) -> None:
+    """Write the card of a teacher of a run."""
+    path = folder / "teachers" / arm / f"seed{seed}" / "card.json"
+    path.write_text(json.dumps({"schema": 1, "figures": figures}))
+
+
+@pytest.fixture
+def add_card() -> Callable[..., None]:
+    return write_card
+
+
+@pytest.fixture
+def make_judged_run(make_run: Callable[..., Path]) -> Callable[..., Path]:
+    """Make a run whose teachers have cards: the distance falls as students get better, the ECE says nothing."""
+
+    def make(**settings: Any) -> Path:
+        folder = make_run(**{"num_epochs": 2, **settings})
+        for place, path in enumerate(sorted((folder / "teachers").glob("*/seed*"))):
+            arm, seed = path.parent.name, int(path.name.removeprefix("seed"))
+            figures = {
+                "train": {"accuracy": 0.98, "nll": 0.1 + 0.01 * place},
+                "test": {"accuracy": 0.87 + 0.002 * seed, "ece": 0.03 + 0.001 * (7 * place % 5)},
+                "distance": {
+                    "train": {"kl": 0.5 - 0.2 * (arm == "soteacher") - 0.01 * (seed % 2)},
+                    "test": {"kl": None},
+                },
+                "lipschitz": {"largest_slope": 20.0 + place if arm == "standard" else None},
+            }
+            write_card(folder, arm, seed, figures)
+        return folder
+
+    return make
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     return lambda **settings: write_run(tmp_path / "run", **settings)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from soteacher.errors import InputError
-from soteacher.report import write_report
+from soteacher.report import page, write_report
 from soteacher.report.page import run_facts
 
 VOID = {"meta", "br", "path", "use", "rect"}
@@ -150,6 +150,56 @@ def test_write_report_counts_the_time_of_an_early_stopped_teacher_once(make_run:
     config.write_text(config.read_text().replace("method: soteacher\n", "from: standard\n"))
     # One teacher of 61.5 seconds and three students of 21.25.
     assert "All 4 networks together took 125 seconds. Teachers that are earlier states" in _page(folder).text
+
+
+JUDGED = "Teachers judged before any student"
+
+
+def test_write_report_sets_students_against_their_teachers_cards(make_judged_run: Callable[..., Path]) -> None:
+    folder = make_judged_run(seeds=3)
+    text = _page(folder).text
+    for part in (
+        f"{JUDGED} Figures of the teachers' cards, means over seeds.",
+        "What goes with the accuracy of kd",
+        "Large marks are means over an arm's seeds",
+        "Rank correlation of every figure with student accuracy",
+        "Points of one arm share their method and so are not independent",
+        "A correlation is not a cause",
+        "4 figures were looked at for each student.",
+    ):
+        assert part in text
+    assert "not set against" not in text
+    assert "Charts are of" not in text
+    assert text.index("Teachers Means over seeds") < text.index(JUDGED) < text.index("Training time by arm")
+
+
+def test_write_report_says_why_no_student_is_set_against_the_cards(make_judged_run: Callable[..., Path]) -> None:
+    text = _page(make_judged_run(seeds=1)).text
+    assert JUDGED in text
+    assert "that takes 4 teachers with a card that one student has learnt from; there are 2." in text
+    assert "Rank correlation" not in text
+
+
+def test_write_report_says_what_its_charts_leave_out(
+    make_judged_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page, "MAX_PANELS", 3)
+    monkeypatch.setattr(page, "MAX_STUDENTS", 1)
+    students = ("standard-kd", "soteacher-kd", "standard-dkd", "soteacher-dkd")
+    text = _page(make_judged_run(seeds=3, students=students)).text
+    assert "Charts are of the 3 strongest correlations of a student; the table has all." in text
+    assert "Charts are of the first 1 of 2 students; the table has all." in text
+    assert "What goes with the accuracy of dkd" not in text
+
+
+def test_write_report_adds_nothing_without_cards(make_judged_run: Callable[..., Path]) -> None:
+    folder = make_judged_run(seeds=3)
+    with_cards = write_report(folder).read_text(encoding="utf-8")
+    for path in folder.rglob("card.json"):
+        path.unlink()
+    without = write_report(folder).read_text(encoding="utf-8")
+    start, end = with_cards.index(f"<section>\n<h2>{JUDGED}"), with_cards.index("<section>\n<h2>Cost")
+    assert with_cards[:start] + with_cards[end:] == without
 
 
 def test_write_report_refuses_another_folder(tmp_path: Path) -> None:

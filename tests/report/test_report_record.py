@@ -29,6 +29,14 @@ def test_read_run_returns_what_the_folder_holds(make_run: Callable[..., Path]) -
     assert record.results_time == datetime.fromtimestamp(written, timezone.utc)
 
 
+def test_read_run_returns_the_teachers_cards(make_run: Callable[..., Path], add_card: Callable[..., None]) -> None:
+    folder = make_run(seeds=2, num_epochs=1)
+    add_card(folder, "soteacher", 1, {"test": {"ece": 0.25}})
+    cards = {(one.role, one.arm, one.seed): one.card for one in read_run(folder).networks}
+    assert cards.pop(("teacher", "soteacher", 1)) == {"schema": 1, "figures": {"test": {"ece": 0.25}}}
+    assert set(map(len, cards.values())) == {0}
+
+
 def test_read_run_without_results_takes_the_finished_networks(make_run: Callable[..., Path]) -> None:
     folder = make_run(seeds=2, finished=False)
     (folder / "students/alone/seed1/model.json").unlink()
@@ -102,6 +110,7 @@ def test_read_run_refuses_another_folder(tmp_path: Path) -> None:
         ("results.json", "[]", "results.json holds a list; wanted a mapping"),
         ("results.json", json.dumps({"schema": 2}), "results.json has schema 2; this version reads schema 1"),
         ("config.yaml", "a: [\n1", "config.yaml cannot be read: "),
+        ("teachers/standard/seed0/card.json", '{"schema": 2}', "card.json has schema 2; this version reads schema 1"),
         ("teachers/standard/seed0/metrics.jsonl", '{"epoch": 0}\n{\n', "metrics.jsonl, line 2 is not JSON"),
     ],
 )

@@ -10,13 +10,14 @@ from pydantic import Field
 
 from soteacher.data.augment import AugmentConfig
 from soteacher.data.cifar import Cifar10Config, Cifar100Config
-from soteacher.data.dataset import DataSet, ImageSplit, class_balanced_subset
+from soteacher.data.dataset import DataSet, ImageSplit, class_balanced_subset, held_out_rows
 from soteacher.data.download import Progress
 from soteacher.data.embedded import FashionMnistSmallConfig
 from soteacher.data.fashion_mnist import FashionMnistConfig
 from soteacher.data.folder import FolderConfig
 from soteacher.data.folder_images import FolderImages
 from soteacher.data.loader import EvaluationLoader, TrainLoader
+from soteacher.data.mixed_feature import MixedFeatureConfig
 from soteacher.data.npz import NpzConfig
 from soteacher.data.source import SourceConfig
 
@@ -33,12 +34,14 @@ __all__ = [
     "FolderConfig",
     "FolderImages",
     "ImageSplit",
+    "MixedFeatureConfig",
     "NpzConfig",
     "Progress",
     "SourceConfig",
     "TrainLoader",
     "class_balanced_subset",
     "data_root",
+    "held_out_rows",
     "load_data",
 ]
 
@@ -49,11 +52,18 @@ SOURCES: dict[str, type[SourceConfig]] = {
     "fashion_mnist_small": FashionMnistSmallConfig,
     "npz": NpzConfig,
     "folder": FolderConfig,
+    "mixed_feature": MixedFeatureConfig,
 }
 """Every source's settings, by the name that ``source`` has in them."""
 
 DataConfig = Annotated[
-    Cifar10Config | Cifar100Config | FashionMnistConfig | FashionMnistSmallConfig | NpzConfig | FolderConfig,
+    Cifar10Config
+    | Cifar100Config
+    | FashionMnistConfig
+    | FashionMnistSmallConfig
+    | NpzConfig
+    | FolderConfig
+    | MixedFeatureConfig,
     Field(discriminator="source"),
 ]
 """Settings of any source, told apart by ``source``."""

@@ -17,6 +17,7 @@ import torch
 
 from soteacher.data.dataset import DataSet, ImageSplit
 from soteacher.data.download import Progress, obtain_folder
+from soteacher.data.human_labels import LabelSource, TrainLabels, with_cifar10h, with_cifar10n
 from soteacher.data.reason import reason
 from soteacher.data.source import SourceConfig
 from soteacher.errors import InputError
@@ -49,6 +50,14 @@ class Cifar10Config(SourceConfig):
 
     source: Literal["cifar10"] = "cifar10"
     """Chooses this source."""
+    label_sources: tuple[LabelSource, ...] = ()
+    """Which distributions of people's labels come with the images: ``cifar10h``, about 51 people's judgements of every
+    test image; ``cifar10n``, three annotators' labels of every training image. Their files are looked for in ``ROOT``
+    and downloaded if they are not there; their licences are CC BY-NC-SA 4.0 and CC BY-NC 4.0."""
+    train_labels: TrainLabels = "clean"
+    """Whose labels networks are trained on: the set's own (``clean``), or those of CIFAR-10N: one annotator's
+    (``random_label1`` to ``random_label3``), the majority's (``aggre_label``), or a wrong one wherever one of the three
+    is wrong (``worse_label``). The set's own are then the clean labels, by which a subset is balanced."""
 
     def load(self, root: Path, *, progress: Progress | None = None) -> DataSet:
         """Read the data; see :meth:`SourceConfig.load`."""
@@ -64,8 +73,19 @@ class Cifar10Config(SourceConfig):
         train_files = [folder / f"data_batch_{number}" for number in range(1, 6)]
         train = _read_split(train_files, "labels", num_classes=len(names))
         test = _read_split([folder / "test_batch"], "labels", num_classes=len(names))
+        if "cifar10h" in self.label_sources:
+            test = with_cifar10h(test, root, num_classes=len(names), progress=progress)
+        if "cifar10n" in self.label_sources or self.train_labels != "clean":
+            train = with_cifar10n(
+                train,
+                root,
+                labels=self.train_labels,
+                distribution="cifar10n" in self.label_sources,
+                num_classes=len(names),
+                progress=progress,
+            )
         return self.finish(
-            "cifar10",
+            "cifar10" if self.train_labels == "clean" else f"cifar10 ({self.train_labels})",
             train=self.subset(train, field="train_examples"),
             test=self.subset(test, field="test_examples"),
             class_names=names,

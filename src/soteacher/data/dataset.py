@@ -23,6 +23,11 @@ class ImageSplit:
     """``[N, C, H, W]`` uint8, or float32 in [0, 1]; or the files that hold N RGB images."""
     labels: Tensor
     """``[N]`` int64 class ids."""
+    label_distribution: Tensor | None = None
+    """``[N, K]`` float32: how the label of each image is truly distributed, or what people said; ``None`` where that is
+    not known. No training sees it."""
+    clean_labels: Tensor | None = None
+    """``[N]`` int64: the right labels, where ``labels`` are not; ``None`` where ``labels`` count as right."""
 
     @property
     def num_examples(self) -> int:
@@ -40,7 +45,12 @@ class ImageSplit:
     def subset(self, rows: Tensor) -> ImageSplit:
         """Return the split that holds the given rows, in their order."""
         images = self.images.select(rows.tolist()) if isinstance(self.images, FolderImages) else self.images[rows]
-        return ImageSplit(images=images, labels=self.labels[rows])
+        return ImageSplit(
+            images=images,
+            labels=self.labels[rows],
+            label_distribution=None if self.label_distribution is None else self.label_distribution[rows],
+            clean_labels=None if self.clean_labels is None else self.clean_labels[rows],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -105,6 +115,33 @@ def class_balanced_subset(labels: Tensor, count: int, seed: int) -> Tensor:
     # Every class gives its first example before any gives its second; the shuffle decides among equals.
     chosen = rank_in_class.argsort(stable=True)[:count]
     return shuffled[chosen].sort().values
+
+
+def held_out_rows(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split examples at random into those to train on and those to hold out, each class by the same share.
+
+    Args:
+        labels: ``[N]`` class ids.
+        share: of the examples of each class that are held out, in (0, 1); rounded, and one is always left to train on.
+        seed: of the draw.
+
+    Returns:
+        The rows to train on and the rows held out, both ascending int64.
+
+    Raises:
+        InputError: no class has enough examples for one to be held out.
+    """
+    shuffled = torch.randperm(len(labels), generator=generator(seed, "held out"))
+    held: list[Tensor] = []
+    for label in labels.unique():
+        rows = shuffled[labels[shuffled] == label]
+        held.append(rows[: min(int(share * len(rows) + 0.5), len(rows) - 1)])
+    out = torch.cat(held).sort().values
+    if not len(out):
+        raise InputError(f"held_out is {share:g}, and no class has enough of the {len(labels)} examples to give one")
+    kept = torch.ones(len(labels), dtype=torch.bool)
+    kept[out] = False
+    return kept.nonzero().flatten(), out
 
 
 def checksum_of(*splits: ImageSplit) -> str:

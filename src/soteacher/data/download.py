@@ -7,7 +7,7 @@ import tarfile
 import tempfile
 import urllib.request
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
@@ -24,13 +24,13 @@ TIMEOUT_SECONDS = 30.0
 _CHUNK_BYTES = 1 << 18
 
 
-def fetch(url: str, path: Path, *, md5: str, progress: Progress | None = None) -> None:
+def fetch(url: str, path: Path, *, md5: str | None, progress: Progress | None = None) -> None:
     """Download a file, check it and put it in its place; on failure nothing is left there.
 
     Args:
         url: where it is.
         path: where to put it.
-        md5: the checksum that it must have.
+        md5: the checksum that it must have; None where it is not known, and the reader checks the contents.
         progress: told the file's name, bytes done and bytes in all.
 
     Raises:
@@ -47,13 +47,13 @@ def fetch(url: str, path: Path, *, md5: str, progress: Progress | None = None) -
                     digest.update(chunk)
                     if progress is not None:
                         progress(path.name, file.tell(), total)
-            if digest.hexdigest() != md5:
+            if md5 is not None and digest.hexdigest() != md5:
                 raise InputError(f"the checksum is {digest.hexdigest()}, wanted {md5}")
     except (OSError, HTTPException, InputError) as error:
         if isinstance(error, HTTPError):
             error.close()  # it is the server's response as well
         raise InputError(
-            f"cannot download {url}: {reason(error)}; put the archive at {path} "
+            f"cannot download {url}: {reason(error)}; put the {'file' if md5 is None else 'archive'} at {path} "
             "or set SOTEACHER_DATA to the folder that holds the data"
         ) from error
 
@@ -122,3 +122,23 @@ def obtain_folder(folder: Path, *, archive: str, md5: str, url: str, progress: P
     else:
         fetch(f"{url.rstrip('/')}/{archive}", path, md5=md5, progress=progress)
     unpack(path, folder)
+
+
+def obtain_file(paths: Sequence[Path], *, url: str, progress: Progress | None = None) -> Path:
+    """Return where a file is that may have several names: the first that is on disk, else the last, downloaded.
+
+    Its checksum is not known: who reads it checks what it holds.
+
+    Args:
+        paths: where it may be; the last is where a download goes.
+        url: where files are, without the file name.
+        progress: told of a download.
+
+    Raises:
+        InputError: the file cannot be downloaded.
+    """
+    for path in paths:
+        if path.is_file():
+            return path
+    fetch(f"{url.rstrip('/')}/{paths[-1].name}", paths[-1], md5=None, progress=progress)
+    return paths[-1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from soteacher.data.dataset import ImageSplit
 from soteacher.data.folder_images import FolderImages
 from soteacher.data.strong import Changes, apply_changes, draw_changes
 from soteacher.errors import InputError
+from soteacher.mixing import MixingConfig, mix
 from soteacher.randomness import generator
 from soteacher.types import Batch, View
 
@@ -36,6 +38,9 @@ class TrainLoader:
         device: where batches are wanted.
         workers: processes that decode images in files; 0: this one.
         views: further views of each image that batches are to carry.
+        rows: ``[M]`` int64 examples of the split that are trained on; all where it is left out. Batches carry their
+            rows in the whole split.
+        mixing: how the images of a batch are blended with one another; the further views stay whole.
 
     Raises:
         InputError: ``batch_size`` is not positive or ``workers`` is negative.
@@ -51,6 +56,8 @@ class TrainLoader:
         device: torch.device | str,
         workers: int = 0,
         views: Sequence[View] = (),
+        rows: Tensor | None = None,
+        mixing: MixingConfig | None = None,
     ) -> None:
         self._images = _Images(split.images, batch_size=batch_size, device=torch.device(device), workers=workers)
         self._labels = split.labels.to(device)
@@ -60,11 +67,13 @@ class TrainLoader:
         self._seed = seed
         self._device = torch.device(device)
         self._views = views
+        self._rows = torch.arange(split.num_examples) if rows is None else rows
+        self._mixing = mixing
 
     @property
     def num_examples(self) -> int:
         """Number of images of an epoch."""
-        return len(self._labels)
+        return len(self._rows)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -78,12 +87,12 @@ class TrainLoader:
             epoch: from 0.
             start: the batch to begin with, from 0; what follows is what it would be without a beginning in between.
         """
-        order = torch.randperm(self.num_examples, generator=generator(self._seed, "order", epoch))
+        order = self._rows[torch.randperm(self.num_examples, generator=generator(self._seed, "order", epoch))]
         views = self._drawn("augment", epoch)
         others: dict[View, Views] = {name: self._drawn(name, epoch) for name in self._views if name != "rotated"}
         strong = self._drawn_changes(epoch) if "strong" in self._views else None
         batches = order.split(self._batch_size)[start:]
-        for rows, loaded in self._images.batches(batches):
+        for number, (rows, loaded) in enumerate(self._images.batches(batches), start=start):
             images = apply_views(loaded, views.select(rows), self._augment)
             further: dict[View, Tensor] = {}
             for name, other in others.items():
@@ -92,16 +101,23 @@ class TrainLoader:
                 further["strong"] = apply_changes(further["strong"], strong.select(rows))
             if "rotated" in self._views:
                 further["rotated"] = torch.cat([images.rot90(turns, (2, 3)) for turns in (1, 2, 3)])
-            yield Batch(images=images, labels=self._labels[rows], indices=rows, views=further)
+            batch = Batch(images=images, labels=self._labels[rows], indices=rows, views=further)
+            yield batch if self._mixing is None else self._mixed(batch, self._mixing, epoch, number)
+
+    def _mixed(self, batch: Batch, mixing: MixingConfig, epoch: int, number: int) -> Batch:
+        """Return a batch whose images are blended."""
+        source = generator(self._seed, "mixing", epoch, number)
+        images, mixture = mix(batch.images, batch.labels, mixing, source)
+        return replace(batch, images=images, mixture=mixture)
 
     def _drawn(self, purpose: str, epoch: int) -> Views:
-        """Return an epoch's draws of the study's augmentation for one purpose."""
+        """Return an epoch's draws of the study's augmentation for one purpose, for each example of the split."""
         source = generator(self._seed, purpose, epoch)
-        return draw_views(self._augment, self.num_examples, source, self._image_size).to(self._device)
+        return draw_views(self._augment, len(self._labels), source, self._image_size).to(self._device)
 
     def _drawn_changes(self, epoch: int) -> Changes:
         """Return an epoch's draws of the strong augmentation."""
-        return draw_changes(self.num_examples, generator(self._seed, "strong changes", epoch)).to(self._device)
+        return draw_changes(len(self._labels), generator(self._seed, "strong changes", epoch)).to(self._device)
 
 
 class EvaluationLoader:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ from soteacher.errors import InputError
 Arrays = dict[str, np.ndarray[Any, Any]]
 _REQUIRED = ("train_images", "train_labels", "test_images", "test_labels")
 _NAMES = ("label_names", "class_names")
+_OPTIONAL = (*_NAMES, "train_label_distribution", "test_label_distribution", "train_clean_labels")
+_SUM_TOLERANCE = 1e-4
 
 
 class NpzConfig(SourceConfig):
@@ -28,6 +31,11 @@ class NpzConfig(SourceConfig):
     Images are square: ``[N, H, W]`` or ``[N, H, W, C]`` with 1 or 3 channels, uint8, or floating point in [0, 1].
     Labels are integers ``[N]`` from 0. ``label_names`` (or ``class_names``), an array of text, names the classes;
     without it the classes are those of the training labels, and each needs an example there.
+
+    Three more arrays may be there. ``train_label_distribution`` and ``test_label_distribution``, floating point
+    ``[N, K]`` of non-negative rows that sum to 1, say how the label of each image is truly distributed, or what people
+    said; no training sees them. ``train_clean_labels``, integers ``[N]``, are the right labels of training images whose
+    ``train_labels`` are not; a subset is balanced by them.
     """
 
     source: Literal["npz"] = "npz"
@@ -51,8 +59,13 @@ class NpzConfig(SourceConfig):
         )
 
 
-def read_arrays(path: Path) -> Arrays:
-    """Return the arrays that data consist of.
+def read_arrays(path: Path, *, required: Sequence[str] = _REQUIRED, optional: Sequence[str] = _OPTIONAL) -> Arrays:
+    """Return arrays of a file by name; without names, those that data consist of.
+
+    Args:
+        path: the ``.npz`` file.
+        required: names that it must have.
+        optional: names that are read where they are there.
 
     Raises:
         InputError: the file is missing, damaged or of another kind, or lacks arrays.
@@ -64,10 +77,10 @@ def read_arrays(path: Path) -> Arrays:
             file = np.load(opened, allow_pickle=False)
             if not isinstance(file, np.lib.npyio.NpzFile):
                 raise InputError("it holds a single array, wanted an .npz file")
-            missing = [name for name in _REQUIRED if name not in file.files]
+            missing = [name for name in required if name not in file.files]
             if missing:
                 raise InputError(f"it has no array {', '.join(missing)}; it has {', '.join(file.files) or 'none'}")
-            return {name: file[name] for name in (*_REQUIRED, *_NAMES) if name in file.files}
+            return {name: file[name] for name in (*required, *optional) if name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"cannot read {path}: {reason(error)}") from error
 
@@ -96,8 +109,8 @@ def class_names(arrays: Arrays, path: Path) -> tuple[str, ...]:
     return tuple(map(str, present))
 
 
-def split_of(arrays: Arrays, split: str, *, num_classes: int, path: Path) -> ImageSplit:
-    """Return the images and labels of ``"train"`` or ``"test"``.
+def split_of(arrays: Arrays, split: Literal["train", "test"], *, num_classes: int, path: Path) -> ImageSplit:
+    """Return the images and labels of a split, with the label distributions and clean labels that the arrays hold.
 
     Raises:
         InputError: shapes, types or values are not those that :class:`NpzConfig` wants.
@@ -107,7 +120,71 @@ def split_of(arrays: Arrays, split: str, *, num_classes: int, path: Path) -> Ima
         raise InputError(f"{split}_labels of {path} has {len(labels)} labels for {len(images)} images")
     if labels.max() >= num_classes:
         raise InputError(f"{split}_labels of {path} has label {int(labels.max())}; wanted 0 to {num_classes - 1}")
-    return ImageSplit(images=images, labels=labels)
+    facts = {"num_examples": len(images), "num_classes": num_classes}
+    said, right = (arrays.get(f"{split}_{name}") for name in ("label_distribution", "clean_labels"))
+    return ImageSplit(
+        images=images,
+        labels=labels,
+        label_distribution=None
+        if said is None
+        else distribution_of(said, f"{split}_label_distribution of {path}", **facts),
+        clean_labels=None if right is None else labels_of(right, f"{split}_clean_labels of {path}", **facts),
+    )
+
+
+def distribution_of(array: np.ndarray[Any, Any], place: str, *, num_examples: int, num_classes: int) -> Tensor:
+    """Return checked label distributions.
+
+    Args:
+        array: of any type and shape.
+        place: names the array and its file, for messages.
+        num_examples: N, the images that the rows are of.
+        num_classes: K.
+
+    Returns:
+        ``[N, K]`` float32.
+
+    Raises:
+        InputError: another shape or type, or rows that are no distributions.
+    """
+    if array.ndim != 2 or array.dtype.kind != "f" or array.shape[1] != num_classes:
+        raise InputError(f"{place} is {_described(array)}; wanted floating point of shape [N, {num_classes}]")
+    if len(array) != num_examples:
+        raise InputError(f"{place} has {len(array)} rows; wanted {num_examples}, one for each image")
+    if not np.isfinite(array).all():
+        raise InputError(f"{place} has values that are not finite")
+    if array.min() < 0:
+        raise InputError(f"{place} has the value {array.min():g}; wanted probabilities, not below 0")
+    sums = array.sum(1, dtype=np.float64)
+    wrong = np.flatnonzero(abs(sums - 1) > _SUM_TOLERANCE)
+    if len(wrong):
+        raise InputError(f"row {wrong[0]} of {place} sums to {sums[wrong[0]]:g}; wanted 1")
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def labels_of(array: np.ndarray[Any, Any], place: str, *, num_examples: int, num_classes: int) -> Tensor:
+    """Return checked labels.
+
+    Args:
+        array: of any type and shape.
+        place: names the array and its file, for messages.
+        num_examples: N, the images that the labels are of.
+        num_classes: K.
+
+    Returns:
+        ``[N]`` int64, from 0 to K - 1.
+
+    Raises:
+        InputError: another shape or type, or a label that is no class.
+    """
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise InputError(f"{place} is {_described(array)}; wanted integers of shape [N]")
+    if len(array) != num_examples:
+        raise InputError(f"{place} has {len(array)} labels; wanted {num_examples}, one for each image")
+    wrong = array[(array < 0) | (array >= num_classes)]
+    if len(wrong):
+        raise InputError(f"{place} has label {wrong[0]}; wanted 0 to {num_classes - 1}")
+    return torch.from_numpy(array.astype(np.int64))
 
 
 def _images_of(arrays: Arrays, split: str, path: Path) -> Tensor:

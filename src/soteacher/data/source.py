@@ -22,7 +22,8 @@ class SourceConfig(Settings, ABC):
     """Settings that every source has. Subclasses are final and add ``source``, the name they are chosen by."""
 
     train_examples: int | None = Field(default=None, gt=0)
-    """Number of training images to use, a class-balanced subset that is always the same; null: all."""
+    """Number of training images to use, a class-balanced subset that is always the same; null: all. It is balanced by
+    the clean labels where the training labels are others."""
     test_examples: int | None = Field(default=None, gt=0)
     """Number of test images to use, a class-balanced subset that is always the same; null: all."""
     augment: AugmentConfig = AugmentConfig()
@@ -45,7 +46,9 @@ class SourceConfig(Settings, ABC):
         """
 
     def subset(self, split: ImageSplit, *, field: Literal["train_examples", "test_examples"]) -> ImageSplit:
-        """Return the examples that the settings ask for.
+        """Return the examples that the settings ask for, balanced by the clean labels where there are any.
+
+        The images are then the same, whoever labelled them.
 
         Args:
             split: all examples.
@@ -59,7 +62,8 @@ class SourceConfig(Settings, ABC):
             return split
         if count > split.num_examples:
             raise InputError(f"{field} is {count}, but there are {split.num_examples}")
-        return split.subset(class_balanced_subset(split.labels, count, SUBSET_SEED))
+        classes = split.labels if split.clean_labels is None else split.clean_labels
+        return split.subset(class_balanced_subset(classes, count, SUBSET_SEED))
 
     def finish(
         self,

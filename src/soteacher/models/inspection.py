@@ -1,4 +1,4 @@
-"""One look at a network: what the feature at each tap is shaped like."""
+"""One look at a network: what the feature at each tap is shaped like, and which layers belong together."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from soteacher.errors import InputError
+from soteacher.models.composition import Composition
 from soteacher.models.parts import evaluating
 from soteacher.models.taps import Tapped, find_taps, resolve_taps
 from soteacher.types import NetworkFacts
@@ -16,6 +17,8 @@ from soteacher.types import NetworkFacts
 
 def inspect_network(network: nn.Module, images: Tensor, *, name: str) -> NetworkFacts:
     """Return the shapes of a network's features, from one forward pass in evaluation mode that changes nothing.
+
+    Which batch norm follows which convolution is found out by another such pass, when it is first asked for.
 
     Args:
         network: images to logits.
@@ -26,7 +29,7 @@ def inspect_network(network: nn.Module, images: Tensor, *, name: str) -> Network
         InputError: a tapped module did not run or gave no tensor.
     """
     taps = _Shapes(network, images)
-    return NetworkFacts(name=name, taps=taps, num_logits=taps.num_logits)
+    return NetworkFacts(name=name, taps=taps, num_logits=taps.num_logits, batch_norm_of=Composition(network, images))
 
 
 class _Shapes(Mapping[str, tuple[int, ...]]):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from soteacher.errors import InputError, unknown_name
-from soteacher.models import bottleneck_resnet, mobilenet_v2, resnet, shufflenet_v1, shufflenet_v2, vgg, wrn
+from soteacher.models import bottleneck_resnet, mobilenet_v2, patchwise, resnet, shufflenet_v1, shufflenet_v2, vgg, wrn
 from soteacher.models.family import Family
 from soteacher.torchvision_operators import define_missing_operators
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FAMILIES = (
     resnet.FAMILY, bottleneck_resnet.FAMILY, wrn.FAMILY, vgg.FAMILY,
     mobilenet_v2.FAMILY, shufflenet_v1.FAMILY, shufflenet_v2.FAMILY,
+    patchwise.FAMILY,
 )  # fmt: skip
 """Every family of ours, one line each."""
 
@@ -28,9 +29,9 @@ TIMM_PREFIX = "timm/"
 def network_names() -> tuple[str, ...]:
     """Return the listed names of our families.
 
-    ``resnetD``, ``resnetDxW`` and ``wrn_D_W`` take other numbers too. Not listed are the field's spellings of a network
-    that has a name here: ``ResNet50``, ``MobileNetV2``, ``ShuffleV1`` or ``ShuffleNetV1``, ``ShuffleV2`` or
-    ``ShuffleNetV2``.
+    ``resnetD``, ``resnetDxW``, ``wrn_D_W`` and ``patchwise_P_W`` take other numbers too. Not listed are the field's
+    spellings of a network that has a name here: ``ResNet50``, ``MobileNetV2``, ``ShuffleV1`` or ``ShuffleNetV1``,
+    ``ShuffleV2`` or ``ShuffleNetV2``.
     """
     return tuple(name for family in FAMILIES for name in family.names)
 

@@ -59,6 +59,7 @@ from soteacher.objectives.student import (
     review,
     rkd,
     rld,
+    route,
     sdd,
     sdd_dkd,
     sdd_nkd,
@@ -77,26 +78,46 @@ from soteacher.objectives.student import (
     wttm,
 )
 from soteacher.objectives.teacher import (
+    assistant,
+    averaged_predictions,
+    class_information,
+    class_information_frozen,
+    confidence_ranking,
     consistency,
     consistency_released,
+    cutmix,
+    early_stopped,
+    ema,
+    joint_lipschitz,
+    label_smoothing,
     lipschitz,
+    mcmi,
+    mcmi_frozen,
+    mixup,
+    mse,
+    sftn,
     soteacher,
     soteacher_released,
     standard,
+    swa,
+    temperature_calibrated,
     weight_l1,
 )
 
 MODULES: tuple[ModuleType, ...] = (
     cross_entropy, view_cross_entropy,
-    # teachers
-    standard, soteacher, soteacher_released, lipschitz, weight_l1, consistency, consistency_released,
+    # teachers: SoTeacher and its terms
+    standard, soteacher, soteacher_released, joint_lipschitz, lipschitz, weight_l1, consistency, consistency_released,
+    # teachers: other losses, and other ways to the weights
+    averaged_predictions, mse, confidence_ranking, class_information, class_information_frozen, mcmi, mcmi_frozen, sftn,
+    label_smoothing, mixup, cutmix, early_stopped, swa, ema, temperature_calibrated, assistant,
     # students: labels and logits
     alone, kd, kd_standardized, dkd, dkd_standardized, nkd, dist, ctkd, ctkd_standardized, ttm, wttm, mlkd,
     mlkd_relations, mlkd_standardized, rld, crld, sdd, sdd_dkd, sdd_nkd, wkd_logit, ofa,
     # students: features and relations, and how they are trained
     fitnet, attention, similarity, correlation, vid, rkd, pkt, activation_boundary, factor_transfer, paraphraser, fsp,
     nst, kdsvd, crd, crd_kd, ofd, review, srrl, simkd, semckd, cat, fcfd, norm, norm_kd, norm_crd, itrd, kdpp, srd,
-    wkd_feature, wkd, sskd, sskd_head, dot,
+    wkd_feature, wkd, sskd, sskd_head, dot, route,
 )  # fmt: skip
 """Every file of this package, in the order of lists: an objective, a method, or both, called as the file is."""
 

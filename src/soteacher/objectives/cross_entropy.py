@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import ClassVar, final
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -46,6 +46,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, label_smoothing: float = 0.
 class CrossEntropyConfig(ObjectiveConfig):
     """Settings of :class:`CrossEntropy`."""
 
+    takes_mixtures: ClassVar[bool] = True
+
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the label that is spread evenly over all classes; 0 trains on the label alone."""
 
@@ -57,7 +59,12 @@ class CrossEntropyConfig(ObjectiveConfig):
 
 @final
 class CrossEntropy(Objective[Step]):
-    """Fit the labels; see :func:`cross_entropy`."""
+    r"""Fit the labels; see :func:`cross_entropy`.
+
+    Where images are blended, it is the cross-entropy with both labels by their shares, each smoothed:
+
+    .. math:: \lambda \, \mathrm{CE}(y) + (1 - \lambda) \, \mathrm{CE}(y')
+    """
 
     name = "cross_entropy"
 
@@ -67,4 +74,9 @@ class CrossEntropy(Objective[Step]):
 
     def forward(self, step: Step) -> Tensor:
         """Return the mean cross-entropy of the batch."""
-        return cross_entropy(step.outputs.logits, step.labels, label_smoothing=self.config.label_smoothing).mean()
+        logits, smoothing = step.outputs.logits, self.config.label_smoothing
+        own = cross_entropy(logits, step.labels, label_smoothing=smoothing)
+        if step.mixture is None:
+            return own.mean()
+        other = cross_entropy(logits, step.mixture.labels, label_smoothing=smoothing)
+        return (step.mixture.share * own + (1 - step.mixture.share) * other).mean()

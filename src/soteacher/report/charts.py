@@ -38,7 +38,7 @@ class Chart:
     """The SVG element, labelled with the title; the names in it are escaped."""
 
 
-def _settings(name: str) -> AbstractContextManager[None]:
+def chart_settings(name: str) -> AbstractContextManager[None]:
     """Return matplotlib's settings for one chart; ``name`` seeds its ids, so that a drawing is the same every time."""
     import matplotlib as mpl
 
@@ -62,7 +62,7 @@ def _settings(name: str) -> AbstractContextManager[None]:
     )
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+def empty_axes(width: float, height: float) -> tuple[Figure, Axes]:
     """Return an empty drawing of a size in inches."""
     from matplotlib.figure import Figure
 
@@ -70,7 +70,7 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _svg(figure: Figure, *, name: str, title: str) -> str:
+def svg_element(figure: Figure, *, name: str, title: str) -> str:
     """Return the drawing as one SVG element whose ids begin with ``name``."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -88,8 +88,8 @@ def _svg(figure: Figure, *, name: str, title: str) -> str:
 
 def accuracy_chart(summary: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> Chart:
     """Return the student arms' accuracies: mean and 95 % interval, and every seed."""
-    with _settings("accuracy"):
-        figure, axes = _axes(4.8, 0.9 + 0.45 * len(summary))
+    with chart_settings("accuracy"):
+        figure, axes = empty_axes(4.8, 0.9 + 0.45 * len(summary))
         for place, entry in enumerate(summary):
             colour = COLOURS[place % len(COLOURS)]
             seeds = [
@@ -108,7 +108,7 @@ def accuracy_chart(summary: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("test accuracy after the last epoch, %")
         title = "Student accuracy by arm"
-        svg = _svg(figure, name="accuracy", title=title)
+        svg = svg_element(figure, name="accuracy", title=title)
     caption = "Diamonds are means over seeds, bars their 95 % intervals, dots the single seeds."
     return Chart(title=title, caption=caption, svg=svg)
 
@@ -123,8 +123,8 @@ def learning_curves(role: str, arms: Mapping[str, Sequence[NetworkRecord]]) -> C
     from matplotlib.ticker import MaxNLocator
 
     name = f"curves-{role}"
-    with _settings(name):
-        figure, axes = _axes(4.8, 3.0 + 0.1 * (len(arms) + 1))
+    with chart_settings(name):
+        figure, axes = empty_axes(4.8, 3.0 + 0.1 * (len(arms) + 1))
         lines: list[Line2D] = []
         for place, networks in enumerate(arms.values()):
             colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place // len(COLOURS) % len(MARKERS)]
@@ -143,7 +143,7 @@ def learning_curves(role: str, arms: Mapping[str, Sequence[NetworkRecord]]) -> C
         axes.set_ylabel("accuracy, %")
         figure.legend(lines, list(arms), loc="outside upper center", ncols=2, handlelength=1.4)
         title = f"Learning curves of the {role}s"
-        svg = _svg(figure, name=name, title=title)
+        svg = svg_element(figure, name=name, title=title)
     caption = (
         "Solid: test accuracy. Dashed: accuracy on the training batches, as they were seen. "
         "Thick lines are means over seeds, thin ones single seeds."
@@ -171,8 +171,8 @@ def pooled_bins(networks: Sequence[NetworkRecord], split: str) -> list[dict[str,
 def reliability_chart(index: int, arm: str, networks: Sequence[NetworkRecord]) -> Chart:
     """Return how often one teacher arm is right by how confident it is, on both splits; ``index`` tells arms apart."""
     name = f"reliability-{index}"
-    with _settings(name):
-        figure, axes = _axes(3.6, 3.6)
+    with chart_settings(name):
+        figure, axes = empty_axes(3.6, 3.6)
         axes.plot([0, 1], [0, 1], color=TEXT_COLOUR, linewidth=0.8, alpha=0.6)
         splits = (("test", "-", "o", COLOURS[0]), ("train", "--", "s", COLOURS[1]))
         for split, style, marker, colour in splits:
@@ -186,7 +186,7 @@ def reliability_chart(index: int, arm: str, networks: Sequence[NetworkRecord]) -
         axes.set(xlim=(0, 1.02), ylim=(0, 1.02), xlabel="confidence", ylabel="accuracy", aspect="equal")
         axes.legend(loc="upper left")
         title = f"Reliability of {arm}"
-        svg = _svg(figure, name=name, title=title)
+        svg = svg_element(figure, name=name, title=title)
     caption = "Below the diagonal it is too sure of itself. Larger marks hold more examples; seeds are pooled."
     return Chart(title=title, caption=caption, svg=svg)
 
@@ -203,8 +203,8 @@ def cost_chart(rows: Sequence[Mapping[str, Any]], *, earlier_states: Collection[
         if row.get("train_seconds") is not None:
             arms.setdefault((row["role"], row["arm"]), []).append(row["train_seconds"])
     bars = sorted(arms.items(), key=lambda item: item[0][0] != "teacher")
-    with _settings("cost"):
-        figure, axes = _axes(4.8, 0.9 + 0.34 * len(bars))
+    with chart_settings("cost"):
+        figure, axes = empty_axes(4.8, 0.9 + 0.34 * len(bars))
         means = [fmean(seconds) for _, seconds in bars]
         colours = [COLOURS[1] if role == "teacher" else COLOURS[0] for (role, _), _ in bars]
         drawn = axes.barh(range(len(bars)), means, color=colours, height=0.66)
@@ -215,7 +215,7 @@ def cost_chart(rows: Sequence[Mapping[str, Any]], *, earlier_states: Collection[
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("seconds of training per network")
         title = "Training time by arm"
-        svg = _svg(figure, name="cost", title=title)
+        svg = svg_element(figure, name="cost", title=title)
     own = [seconds for (role, arm), seconds in arms.items() if role == "student" or arm not in earlier_states]
     count, total = sum(map(len, own)), sum(map(sum, own))
     caption = f"Means over seeds. All {count} networks together took {total:,.0f} seconds."

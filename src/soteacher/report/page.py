@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from soteacher.files import write_text
+from soteacher.report.cards import (
+    card_table,
+    carded_teachers,
+    correlation_notes,
+    correlation_table,
+    taught_students,
+    too_few_points,
+)
 from soteacher.report.charts import Chart, accuracy_chart, cost_chart, learning_curves, reliability_chart
+from soteacher.report.correlation_charts import MAX_PANELS, MAX_STUDENTS, student_panels
 from soteacher.report.published import published_numbers
 from soteacher.report.record import RunRecord, read_run
 from soteacher.report.tables import cost_table, network_table, summary_sentence, summary_table, teacher_table
@@ -87,6 +96,31 @@ def _curves(record: RunRecord) -> dict[str, list[Chart]]:
     return charts
 
 
+def _judged_teachers(record: RunRecord) -> dict[str, Any] | None:
+    """Return what the template names of the teachers' cards; None where no teacher has one."""
+    teachers = carded_teachers(record)
+    if not teachers:
+        return None
+    students = taught_students(record, teachers)
+    shown = [student for student in students if student.correlations]
+    charted = shown[:MAX_STUDENTS]
+    notes = correlation_notes(shown) if shown else []
+    if any(len(student.correlations) > MAX_PANELS for student in charted):
+        notes.append(f"Charts are of the {MAX_PANELS} strongest correlations of a student; the table has all.")
+    if len(charted) < len(shown):
+        notes.append(f"Charts are of the first {MAX_STUDENTS} of {len(shown)} students; the table has all.")
+    return {
+        "table": card_table(teachers),
+        "too_few": None if shown else too_few_points(students),
+        "students": [
+            {"name": student.name, "charts": student_panels(place, student, list(teachers))}
+            for place, student in enumerate(charted)
+        ],
+        "correlations": correlation_table(shown),
+        "notes": notes,
+    }
+
+
 def _context(record: RunRecord) -> dict[str, Any]:
     """Return everything that the template names."""
     results, config = record.results, record.config
@@ -118,11 +152,11 @@ def _context(record: RunRecord) -> dict[str, Any]:
         "teachers": teacher_table(record),
         "teacher_charts": curves["teacher"],
         "reliability_charts": [reliability_chart(place, arm, reliable[arm]) for place, arm in enumerate(reliable)],
+        "judged": _judged_teachers(record),
         "published": published_numbers(record),
         "costs": cost_table(results),
         "cost_charts": [cost_chart(rows, earlier_states=earlier)] if timed else [],
         "networks": network_table(record),
-        "style": resources.files("soteacher.report").joinpath("page.css").read_text(encoding="utf-8"),
     }
 
 
@@ -135,11 +169,31 @@ def write_report(run_folder: Path) -> Path:
     Raises:
         InputError: the folder holds no run, or a file in it cannot be read.
     """
-    from jinja2 import Environment, StrictUndefined  # imported here, as matplotlib is: only reports need them
+    return render("page.html", _context(read_run(run_folder)), run_folder / "report.html")
 
-    record = read_run(run_folder)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = resources.files("soteacher.report").joinpath("page.html").read_text(encoding="utf-8")
-    path = run_folder / "report.html"
-    write_text(path, environment.from_string(template).render(_context(record)).lstrip())
+
+def render(template: str, context: Mapping[str, Any], path: Path) -> Path:
+    """Write a page and return its path.
+
+    Args:
+        template: a file beside this one.
+        context: everything that it names but ``style``, the pages' style sheet.
+        path: of the page.
+    """
+    from jinja2 import Environment, FunctionLoader, StrictUndefined  # imported here, as matplotlib is
+
+    environment = Environment(
+        loader=FunctionLoader(_package_text),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    text = environment.get_template(template).render(style=_package_text("page.css"), **context)
+    write_text(path, text.lstrip())
     return path
+
+
+def _package_text(name: str) -> str:
+    """Return a text file that lies beside this one in the package."""
+    return resources.files("soteacher.report").joinpath(name).read_text(encoding="utf-8")

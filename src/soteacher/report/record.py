@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,8 @@ class NetworkRecord:
     """The lines of ``metrics.jsonl``, in order; empty without that file."""
     reliability: dict[str, list[dict[str, Any]]]
     """Reliability bins by split (``test``, ``train``); empty where none were written."""
+    card: dict[str, Any] = field(default_factory=dict)
+    """``card.json``, what the network is as a teacher; empty without that file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +73,12 @@ class RunRecord:
         return arms
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
-    """Return the mapping that a JSON or YAML file holds; an empty one without the file."""
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return the mapping that a JSON or YAML file of ours holds; an empty one without the file.
+
+    Raises:
+        InputError: the file cannot be read, holds no mapping, or is of another schema.
+    """
     if not path.is_file():
         return {}
     try:
@@ -117,14 +123,14 @@ def read_run(run_folder: Path) -> RunRecord:
     Raises:
         InputError: the folder holds no run, or a file in it cannot be read.
     """
-    config, results = _read_mapping(run_folder / "config.yaml"), _read_mapping(run_folder / "results.json")
+    config, results = read_mapping(run_folder / "config.yaml"), read_mapping(run_folder / "results.json")
     if not config and not results:
         raise InputError(f"{run_folder} is not a run's folder: it has neither config.yaml nor results.json")
     rows = {(row["role"], row["arm"], row["seed"]): row for row in results.get("rows", [])}
     networks: list[NetworkRecord] = []
     for role, arm, seed in dict.fromkeys([*rows, *_network_folders(run_folder)]):
         folder = run_folder / f"{role}s" / arm / f"seed{seed}"
-        model = _read_mapping(folder / "model.json")
+        model = read_mapping(folder / "model.json")
         networks.append(
             NetworkRecord(
                 role=role,
@@ -133,6 +139,7 @@ def read_run(run_folder: Path) -> RunRecord:
                 row=rows.get((role, arm, seed)) or model.get("row"),
                 epochs=_read_epochs(folder / "metrics.jsonl"),
                 reliability=model.get("reliability") or {},
+                card=read_mapping(folder / "card.json"),
             )
         )
     time = datetime.fromtimestamp((run_folder / "results.json").stat().st_mtime, timezone.utc) if results else None

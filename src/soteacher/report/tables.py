@@ -39,7 +39,12 @@ def amount(value: float | None) -> str:
 
 def signed_points(value: float) -> str:
     """Return a difference of fractions in percentage points, with its sign."""
-    text = f"{100 * value:+.2f}"
+    return signed(100 * value)
+
+
+def signed(value: float) -> str:
+    """Return a number with its sign and two decimals."""
+    text = f"{value:+.2f}"
     return "+0.00" if text == "-0.00" else text
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from soteacher.errors import InputError
 from soteacher.files import write_tensors
 from soteacher.objective import Term
+from soteacher.train.averaging import WeightAverage
 
 FILE_NAME = "state.safetensors"
 
@@ -57,7 +58,13 @@ class Checkpoint:
             return []
 
     def save(
-        self, position: Position, *, network: nn.Module, optimizer: torch.optim.Optimizer, terms: Sequence[Term[Any]]
+        self,
+        position: Position,
+        *,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        terms: Sequence[Term[Any]],
+        average: WeightAverage | None = None,
     ) -> None:
         """Write the state atomically."""
         tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
@@ -68,6 +75,8 @@ class Checkpoint:
         for term in terms:
             prefix = f"objective.{term.objective.name}"
             tensors |= {f"{prefix}.{name}": tensor for name, tensor in term.objective.state_dict().items()}
+        if average is not None:
+            tensors |= {f"average.{name}": tensor for name, tensor in average.state().items()}
         facts = {
             "fingerprint": self.fingerprint, "optimizer": numbers, "epoch": position.epoch, "step": position.step,
             "history": position.history, "sums": position.sums, "seconds": position.seconds,
@@ -75,7 +84,12 @@ class Checkpoint:
         write_tensors(self.path, tensors, {"soteacher": json.dumps(facts)})
 
     def load(
-        self, *, network: nn.Module, optimizer: torch.optim.Optimizer, terms: Sequence[Term[Any]]
+        self,
+        *,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        terms: Sequence[Term[Any]],
+        average: WeightAverage | None = None,
     ) -> Position | None:
         """Put a saved state into the training's parts and return its position; ``None`` where nothing was saved.
 
@@ -98,6 +112,8 @@ class Checkpoint:
         _load_optimizer(optimizer, _part(tensors, "optimizer"), facts["optimizer"])
         for term in terms:
             term.objective.load_state_dict(_part(tensors, f"objective.{term.objective.name}"))
+        if average is not None:
+            average.load(_part(tensors, "average"))
         return Position(**{key: facts[key] for key in ("epoch", "step", "history", "sums", "seconds")})
 
     def remove(self) -> None:

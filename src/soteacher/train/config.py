@@ -9,10 +9,15 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import Field, model_validator
 
 from soteacher.errors import InputError
+from soteacher.mixing import MixingConfig
 from soteacher.settings import Settings
 
 Point = Annotated[float, Field(gt=0)]
 """A point of a run: a share of it when below 1, otherwise a whole number of finished epochs."""
+
+
+Criterion = Literal["nll", "accuracy", "brier", "ece"]
+"""A figure on held-out training images: the highest accuracy, or the lowest of the others."""
 
 
 def epochs_at(point: float, num_epochs: int) -> int:
@@ -111,6 +116,25 @@ class ConstantConfig(Settings):
     """Epochs at the start during which it rises linearly, step by step."""
 
 
+class SWAConfig(Settings):
+    """Stochastic weight averaging: the mean of the weights after every epoch from a point of the run on."""
+
+    name: Literal["swa"]
+    start: Point = 150 / 240
+    """The first epoch whose weights count is the one that ends after this: a share of the run (below 1), or epochs."""
+
+
+class EMAConfig(Settings):
+    """Exponential moving average of the weights over the steps."""
+
+    name: Literal["ema"]
+    decay: float = Field(default=0.999, gt=0, lt=1)
+    """Share of the average that a step keeps; its memory is about 1 / (1 - decay) steps long."""
+    start: Point = 150 / 240
+    """The average begins with the weights at this point: a share of the run (below 1), or epochs."""
+
+
+AveragingConfig = Annotated[SWAConfig | EMAConfig, Field(discriminator="name")]
 OptimizerConfig = Annotated[SGDConfig | AdamWConfig, Field(discriminator="name")]
 ScheduleConfig = Annotated[MultiStepConfig | CosineConfig | ConstantConfig, Field(discriminator="name")]
 
@@ -139,6 +163,24 @@ class TrainingConfig(Settings):
     It goes at the highest learning rate throughout."""
     save_every: int | None = Field(default=None, ge=1)
     """Keep the weights of every so-manyth epoch, so that an earlier network can be the teacher."""
+    held_out: float = Field(default=0.0, ge=0, le=0.5)
+    """Share of the training images that the network is not trained on but judged by after every epoch; the classes keep
+    their proportions, and all networks of one seed leave out the same images."""
+    stop_after: Point | None = None
+    """Stop here, although learning rate and ramps are those of all ``epochs``: a share of the run (below 1), or
+    epochs."""
+    keep_best: Criterion | None = None
+    """Keep the epoch that is best by this figure on the held-out images, instead of the last one."""
+    averaging: AveragingConfig | None = None
+    """Whether the weights become an average over the run, by ``name``: ``swa`` or ``ema``; the statistics of batch
+    normalisation are estimated anew for it."""
+    mixing: MixingConfig | None = None
+    """Whether images are blended with one another, by ``name``: ``mixup`` or ``cutmix``."""
+    calibrate: bool = False
+    """Whether the logits are divided, in the end, by the temperature that fits the held-out images best."""
+    route: tuple[Point, ...] = ()
+    """Points of the teacher's run whose weights teach one after the other before the finished teacher does, each for an
+    equal part of this run; none: the finished teacher throughout."""
 
     @model_validator(mode="before")
     @classmethod
@@ -154,8 +196,20 @@ class TrainingConfig(Settings):
     def preparation(self) -> TrainingConfig:
         """Return how the stage before the training is run."""
         epochs = epochs_at(self.preparation_epochs, self.epochs)
-        changes = {"epochs": epochs, "schedule": ConstantConfig(name="constant"), "save_every": None}
+        changes = {
+            "epochs": epochs, "schedule": ConstantConfig(name="constant"), "save_every": None, "stop_after": None,
+            "averaging": None, "mixing": None, "route": (), "keep_best": None, "calibrate": False,
+        }  # fmt: skip
         return self.model_copy(update=changes)
+
+    @property
+    def finishes(self) -> bool:
+        """Whether the network that is kept is made of the last epoch's and more."""
+        return bool(self.averaging or self.keep_best or self.calibrate)
+
+    def epochs_run(self) -> int:
+        """Return how many epochs are trained: all, unless ``stop_after`` says fewer."""
+        return self.epochs if self.stop_after is None else epochs_at(self.stop_after, self.epochs)
 
     @model_validator(mode="after")
     def _two_gradients_can_be_had(self) -> TrainingConfig:
@@ -171,11 +225,29 @@ class TrainingConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _held_out_images_are_there(self) -> TrainingConfig:
+        for name, value in (("keep_best", self.keep_best), ("calibrate", self.calibrate)):
+            if value and not self.held_out:
+                raise InputError(f"{name} is judged on held-out training images: set held_out above 0, for example 0.1")
+        if self.keep_best and self.averaging:
+            raise InputError("keep_best keeps one epoch's weights, and averaging makes them of several; leave one out")
+        return self
+
+    @model_validator(mode="after")
     def _points_lie_in_the_run(self) -> TrainingConfig:
-        try:
-            epochs_at(self.preparation_epochs, self.epochs)
-        except InputError as error:
-            raise InputError(f"preparation_epochs: {error}") from None
+        points = {"preparation_epochs": self.preparation_epochs, "stop_after": self.stop_after}
+        for name, point in points.items():
+            try:
+                epochs_at(point or 1, self.epochs)
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
+        if self.averaging is not None:
+            try:
+                start = epochs_at(self.averaging.start, self.epochs)
+            except InputError as error:
+                raise InputError(f"averaging.start: {error}") from None
+            if start > self.epochs_run():
+                raise InputError(f"averaging.start: {start} epochs are past the end of {self.epochs_run()} epochs")
         if isinstance(self.schedule, MultiStepConfig):
             try:
                 milestones = [epochs_at(point, self.epochs) for point in self.schedule.milestones]

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from soteacher.errors import InputError, InterruptedRunError
 from soteacher.objective import Term, weighted_losses
 from soteacher.randomness import derive_seed
+from soteacher.train.averaging import WeightAverage
 from soteacher.train.checkpoint import Checkpoint, Position
 from soteacher.train.config import TrainingConfig
 from soteacher.train.optimizer import Backward, backward_sum, learning_rate
-from soteacher.train.teacher_signal import TeacherSignal
+from soteacher.train.teacher_signal import TeacherSchedule
 from soteacher.types import Batch, DistillStep, NetworkParts, Outputs, Step
 
 CHECK_EVERY = 50
@@ -56,7 +57,7 @@ class Trainee:
     terms: Sequence[Term[Any]]
     optimizer: Any
     """As the fabric has set it up."""
-    teacher: TeacherSignal | None
+    teacher: TeacherSchedule | None
     fabric: Fabric
     config: TrainingConfig
     seed: int
@@ -64,6 +65,15 @@ class Trainee:
     """Pieces of the network, for objectives that send features through them."""
     backward: Backward = backward_sum
     """How the losses of the terms become gradients."""
+    average: WeightAverage | None = None
+    """The average of the weights over the run, where one is wanted; the training itself never sees it."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what a training goes on from, as a checkpoint takes it."""
+        return {
+            "network": self.network, "optimizer": self.optimizer.optimizer, "terms": self.terms,
+            "average": self.average,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +104,8 @@ def train_step(trainee: Trainee, batch: Batch, *, epoch: int, progress: float, s
     for term in trainee.terms:
         term.objective.update(step)
     trainee.optimizer.step()
+    if trainee.average is not None:
+        trainee.average.after_step(epoch)
     return torch.stack(losses).detach(), (step.outputs.logits.detach().argmax(dim=-1) == batch.labels).sum()
 
 
@@ -104,10 +116,11 @@ def _step(trainee: Trainee, batch: Batch, *, epoch: int, progress: float, seed: 
         "outputs": _outputs(trainee, batch.images), "model": trainee.network, "parts": trainee.parts,
         "views": {view: _outputs(trainee, images) for view, images in batch.views.items()},
         "epoch": epoch, "num_epochs": trainee.config.epochs, "progress": progress, "seed": seed,
+        "mixture": batch.mixture,
     }  # fmt: skip
-    teacher = trainee.teacher
-    if teacher is None:
+    if trainee.teacher is None:
         return Step(**facts)
+    teacher = trainee.teacher.at(progress)
     facts["teacher_views"] = {view: teacher(batch, view) for view in batch.views}
     return DistillStep(**facts, teacher=teacher(batch), teacher_parts=teacher.parts)
 
@@ -151,15 +164,12 @@ def fit(
         InterruptedRunError: ``should_stop`` said yes; the state is saved.
         InputError: a loss or a measured figure is not finite; the step, the term and the last good state are named.
     """
-    parts: dict[str, Any] = {
-        "network": trainee.network,
-        "optimizer": trainee.optimizer.optimizer,
-        "terms": trainee.terms,
-    }
-    position = checkpoint.load(**parts) or Position()
-    while position.epoch < trainee.config.epochs:
+    position = checkpoint.load(**trainee.state()) or Position()
+    while position.epoch < trainee.config.epochs_run():
         line = _train_epoch(trainee, batches, position, checkpoint, on_step=on_step, should_stop=should_stop)
         line |= _finite(measure(), epoch=position.epoch, checkpoint=checkpoint)
+        if trainee.average is not None:
+            trainee.average.after_epoch(position.epoch + 1)
         position = Position(epoch=position.epoch + 1, history=[*position.history, line])
         on_epoch(line)
         _save(trainee, position, checkpoint)
@@ -216,7 +226,7 @@ def _save(trainee: Trainee, position: Position, checkpoint: Checkpoint) -> None:
     """Keep the state, unless the last step has broken the weights: a resumed run could only fail."""
     if not all(bool(torch.isfinite(parameter).all()) for parameter in trainee.network.parameters()):
         raise _not_finite(f"after step {position.step} of epoch {position.epoch}, in the weights", checkpoint)
-    checkpoint.save(position, network=trainee.network, optimizer=trainee.optimizer.optimizer, terms=trainee.terms)
+    checkpoint.save(position, **trainee.state())
 
 
 def _sums(position: Position, num_terms: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +23,14 @@ class TeacherSignal(Protocol):
         ...
 
 
+class TeacherSchedule(Protocol):
+    """Who teaches when."""
+
+    def at(self, progress: float) -> TeacherSignal:
+        """Return who teaches when a share of the run, in [0, 1), lies behind."""
+        ...
+
+
 class LiveTeacher:
     """A frozen network in evaluation mode that sees the images the student sees."""
 
@@ -36,3 +44,23 @@ class LiveTeacher:
         """Run the network on the images."""
         logits, features = self._forward(batch.images if view is None else batch.views[view])
         return Outputs(logits=logits, features=features)
+
+    def at(self, progress: float) -> LiveTeacher:
+        """Return itself: it teaches throughout."""
+        del progress
+        return self
+
+
+class RouteOfTeachers:
+    """Teachers that follow one another in equal parts of the run.
+
+    Source: the route of checkpoints of Jin et al. (RCO), ICCV 2019, arXiv:1904.09149.
+    """
+
+    def __init__(self, teachers: Sequence[TeacherSignal]) -> None:
+        """Take the teachers in their order; at least one."""
+        self._teachers = teachers
+
+    def at(self, progress: float) -> TeacherSignal:
+        """Return who teaches when a share of the run lies behind."""
+        return self._teachers[int(progress * len(self._teachers))]

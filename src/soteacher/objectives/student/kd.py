@@ -51,6 +51,7 @@ class KDConfig(ObjectiveConfig):
 
     needs_teacher: ClassVar[bool] = True
     standardizable: ClassVar[bool] = True
+    takes_mixtures: ClassVar[bool] = True
     temperature: float = Field(default=4.0, gt=0)
     """Softening of both distributions, dimensionless."""
 

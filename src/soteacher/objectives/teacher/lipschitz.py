@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from pydantic import Field
@@ -110,6 +110,7 @@ def _batch_norm_norm(layer: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | n
 class LipschitzConfig(ObjectiveConfig):
     """Settings of :class:`Lipschitz`."""
 
+    takes_mixtures: ClassVar[bool] = True
     weight: float = Field(default=1e-5, gt=0)
     """Factor of the objective in the training loss; the default is that of the released code's recipe."""
 

@@ -16,3 +16,6 @@ METHOD = Method(
         "consistency": {"weight": 1.0, "ramp": "linear"},
     },
 )
+
+WITHOUT_LIPSCHITZ = METHOD.without("lipschitz")
+WITHOUT_CONSISTENCY = METHOD.without("consistency")

@@ -16,3 +16,6 @@ METHOD = Method(
         "consistency_released": {"weight": 1.0, "ramp": "linear"},
     },
 )
+
+WITHOUT_WEIGHT_L1 = METHOD.without("weight_l1")
+WITHOUT_CONSISTENCY_RELEASED = METHOD.without("consistency_released")

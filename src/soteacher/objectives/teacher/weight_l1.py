@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from pydantic import Field
@@ -58,6 +58,7 @@ def weight_l1_sum(network: nn.Module) -> Tensor:
 class WeightL1Config(ObjectiveConfig):
     """Settings of :class:`WeightL1`."""
 
+    takes_mixtures: ClassVar[bool] = True
     weight: float = Field(default=1e-5, gt=0)
     """Factor of the objective in the training loss; the default is that of the released code's recipe."""
 

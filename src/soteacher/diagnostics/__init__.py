@@ -1,0 +1,1 @@
+"""What can be said of a teacher before any student is trained."""

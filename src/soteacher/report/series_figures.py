@@ -1,0 +1,140 @@
+"""The figures of a series of studies: read from its results by point, arm and seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from soteacher.report.record import Role
+
+Seeds = dict[int, float]
+"""A figure of the networks of one arm, by seed."""
+Results = Mapping[str, Any]
+"""What the ``results.json`` of a series holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantity:
+    """A figure of a network's row, or of its card."""
+
+    role: Role
+    key: str
+    """In the row, or a path in the card's figures."""
+    title: str
+    unit: str
+    percent: bool = False
+    """Whether it is a fraction, shown as per cent."""
+
+
+QUANTITIES = (
+    Quantity(role="teacher", key="distance.train.mse", title="Distance of the teachers on training inputs",
+             unit="squared distance to the true distribution"),
+    Quantity(role="teacher", key="distance.train.kl", title="Divergence of the teachers on training inputs",
+             unit="KL from the true distribution, nats"),
+    Quantity(role="teacher", key="distance.train.total_variation", title="Total variation of the teachers",
+             unit="total variation on training inputs"),
+    Quantity(role="teacher", key="distance.test.mse", title="Distance of the teachers on test inputs",
+             unit="squared distance to the true distribution"),
+    Quantity(role="teacher", key="distance.train_out_of_fold.mse", title="Distance of the teachers to the proxy",
+             unit="squared distance to out-of-fold predictions"),
+    Quantity(role="teacher", key="lipschitz.input_gradient_mean", title="Slope of the teachers on training inputs",
+             unit="mean norm of the input gradient"),
+    Quantity(role="teacher", key="views.prediction_variance", title="Variance of the teachers over augmented views",
+             unit="variance of predictions"),
+    Quantity(role="teacher", key="train_accuracy", title="Train accuracy of the teachers",
+             unit="accuracy, %", percent=True),
+    Quantity(role="teacher", key="accuracy_last", title="Test accuracy of the teachers",
+             unit="accuracy, %", percent=True),
+    Quantity(role="teacher", key="nll", title="Test NLL of the teachers", unit="NLL, nats"),
+    Quantity(role="student", key="accuracy_last", title="Test accuracy of the students",
+             unit="accuracy, %", percent=True),
+    Quantity(role="student", key="nll", title="Test NLL of the students", unit="NLL, nats"),
+)  # fmt: skip
+"""What is drawn, in this order; a figure that no network has is left out."""
+CLOSENESS = ("distance.train.mse", "distance.train_out_of_fold.mse", "nll")
+"""What says how good a teacher is without a student: the first that teachers have. Lower is better."""
+ACCURACY = next(one for one in QUANTITIES if (one.role, one.key) == ("student", "accuracy_last"))
+
+
+def value_of(row: Mapping[str, Any], key: str) -> float | None:
+    """Return a figure of a row or of its card; None where neither has it."""
+    return row.get(key, row.get("card", {}).get(key))
+
+
+def by_arm(point: Mapping[str, Any], role: str, key: str) -> dict[str, Seeds]:
+    """Return a figure of a point's networks of one role, by arm and seed."""
+    arms: dict[str, Seeds] = {}
+    for row in point["rows"]:
+        value = value_of(row, key)
+        if row["role"] == role and value is not None:
+            arms.setdefault(row["arm"], {})[row["seed"]] = value
+    return arms
+
+
+def along(results: Results, axis: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the points of an axis that have results, in the axis' order, each with its value in words."""
+    values = results["axes"][axis]
+    points = [point for point in results["points"] if axis in point["on"]]
+    points.sort(key=lambda point: values.index(point["on"][axis]))
+    return [(str(point["on"][axis]), point) for point in points]
+
+
+def reference_teacher(results: Results) -> str | None:
+    """Return the teacher that the others are compared with.
+
+    It is that of the baseline student, else the one called ``standard``, else the first; None without teachers.
+    """
+    rows = [row for point in results["points"] for row in point["rows"]]
+    baselines = [entry["baseline"] for point in results["points"] for entry in point["summary"] if entry["baseline"]]
+    teachers = dict.fromkeys(row["arm"] for row in rows if row["role"] == "teacher")
+    of_baselines = [row["teacher_arm"] for row in rows if row["role"] == "student" and row["arm"] in baselines]
+    return next((arm for arm in (*of_baselines, "standard", *teachers) if arm in teachers), None)
+
+
+def closeness(results: Results) -> Quantity:
+    """Return the figure that says how good a teacher is without a student: the first of :data:`CLOSENESS` there is."""
+    rows = [row for point in results["points"] for row in point["rows"] if row["role"] == "teacher"]
+    found = (key for key in CLOSENESS if any(value_of(row, key) is not None for row in rows))
+    key = next(found, CLOSENESS[-1])
+    return next(one for one in QUANTITIES if one.role == "teacher" and one.key == key)
+
+
+def students_of(point: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Return the distilled students of a point: student to teacher to arm."""
+    found: dict[str, dict[str, str]] = {}
+    for row in point["rows"]:
+        if row["role"] == "student" and row["teacher_arm"] is not None:
+            student = row["arm"].removeprefix(f"{row['teacher_arm']}-")
+            found.setdefault(student, {})[row["teacher_arm"]] = row["arm"]
+    return found
+
+
+def pairs_within_points(results: Results, student: str) -> tuple[list[float], list[float]]:
+    """Return, for every teacher but the reference, how it and its student differ from those of the reference.
+
+    Differences are taken within a point and a seed, so that nothing that an axis changes for all teachers alike is in
+    them.
+
+    Args:
+        results: of the series.
+        student: the student's name in the studies.
+
+    Returns:
+        Differences of the teachers' :func:`closeness`, and of their students' test accuracies, in one order.
+    """
+    reference, key = reference_teacher(results), closeness(results).key
+    distances: list[float] = []
+    accuracies: list[float] = []
+    for point in results["points"]:
+        teachers, students = by_arm(point, "teacher", key), by_arm(point, "student", "accuracy_last")
+        arms = students_of(point).get(student, {})
+        base, base_student = teachers.get(reference or "", {}), students.get(arms.get(reference or "", ""), {})
+        for teacher, arm in arms.items():
+            own, own_student = teachers.get(teacher, {}), students.get(arm, {})
+            for seed in (
+                own.keys() & own_student.keys() & base.keys() & base_student.keys() if teacher != reference else ()
+            ):
+                distances.append(own[seed] - base[seed])
+                accuracies.append(own_student[seed] - base_student[seed])
+    return distances, accuracies

@@ -1,0 +1,104 @@
+import re
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from soteacher.report.cards import Point, TaughtStudent, carded_teachers, figure_words, taught_students
+from soteacher.report.charts import COLOURS
+from soteacher.report.correlation_charts import MAX_PANELS, student_panels
+from soteacher.report.record import read_run
+from soteacher.statistics import rank_correlation
+
+SVG = "{http://www.w3.org/2000/svg}"
+HOSTILE = 'a<b> & "$x^2$"'
+
+
+def _student(arms: tuple[str, ...] = ("a", "b"), seeds: int = 3, figures: int = 2) -> TaughtStudent:
+    points = tuple(
+        Point(
+            arm=arm,
+            seed=seed,
+            figures={f"own.figure_{number}": 10.0 * place + (seed * (number + 1)) % 5 for number in range(figures)},
+            accuracy=0.5 + 0.1 * place + 0.01 * seed,
+        )
+        for place, arm in enumerate(arms)
+        for seed in range(seeds)
+    )
+    accuracies = [point.accuracy for point in points]
+    names = [f"own.figure_{number}" for number in range(figures)]
+    found = {name: rank_correlation([point.figures[name] for point in points], accuracies) for name in names}
+    return TaughtStudent(name=HOSTILE, points=points, correlations=found)
+
+
+def _texts(svg: str) -> list[str]:
+    return ["".join(element.itertext()) for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+
+
+def test_panels_are_titled_with_figure_and_correlation(make_judged_run: Callable[..., Path]) -> None:
+    record = read_run(make_judged_run(seeds=3))
+    teachers = carded_teachers(record)
+    (student,) = taught_students(record, teachers)
+    legend, *panels = student_panels(0, student, list(teachers))
+    assert _texts(legend.svg) == ["standard", "soteacher"]
+    assert [panel.title.split(": rho ")[0] for panel in panels] == list(map(figure_words, student.correlations))
+    assert re.fullmatch(r"distance, train: .*: rho -1\.00 \[-1\.00, -0\.\d\d\]", panels[0].title)
+    for panel in panels:
+        assert "student accuracy, %" in _texts(panel.svg)
+        assert panel.caption == "6 teachers' networks."
+        root = ElementTree.fromstring(panel.svg)
+        assert root.attrib["role"] == "img"
+        assert root.attrib["aria-label"] == f"Accuracy of kd against {panel.title}"
+
+
+def test_panels_share_no_ids_and_take_the_pages_colours() -> None:
+    charts = [*student_panels(0, _student(), ["a", "b"]), *student_panels(1, _student(), ["a", "b"])]
+    ids = [
+        element.attrib["id"]
+        for chart in charts
+        for element in ElementTree.fromstring(chart.svg).iter()
+        if "id" in element.attrib
+    ]
+    assert len(ids) == len(set(ids))
+    for chart in charts:
+        assert "#010203" not in chart.svg
+        assert not re.search(r"fill: #(fff|000)", chart.svg)
+        assert "currentColor" in chart.svg
+
+
+def _marks(svg: str, colour: str) -> int:
+    """Return how many marks of a colour are drawn."""
+    return sum(
+        f"fill: {colour}" in element.attrib.get("style", "")
+        for element in ElementTree.fromstring(svg).iter(f"{SVG}use")
+    )
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_every_arm_has_a_mark_for_each_seed_and_one_for_their_mean(seeds: int) -> None:
+    arms = ("a", "b", "c", "d")
+    _, panel, _ = student_panels(0, _student(arms, seeds), arms)
+    for colour in COLOURS[:4]:
+        assert _marks(panel.svg, colour) == seeds + 1
+    assert _marks(panel.svg, COLOURS[4]) == 0
+
+
+def test_an_arm_keeps_its_colour_whatever_others_a_student_has() -> None:
+    legend, panel, _ = student_panels(0, _student(("c",), 4), ("a", "b", "c"))
+    assert _texts(legend.svg) == ["c"]
+    for chart in (legend, panel):
+        assert _marks(chart.svg, COLOURS[2]) > 0
+        assert _marks(chart.svg, COLOURS[0]) == 0
+
+
+def test_there_are_at_most_twelve_with_that_of_the_marks() -> None:
+    assert len(student_panels(0, _student(figures=MAX_PANELS + 3), ["a", "b"])) == 1 + MAX_PANELS
+
+
+def test_more_arms_than_colours_and_any_names_are_drawn() -> None:
+    arms = (HOSTILE, *(f"arm{place}" for place in range(8)))
+    legend, *panels = student_panels(0, _student(arms, 1), arms)
+    assert _texts(legend.svg) == list(arms)
+    assert f"Marks of the teachers of {HOSTILE}" == ElementTree.fromstring(legend.svg).attrib["aria-label"]
+    assert len(panels) == 2
