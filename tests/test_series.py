@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from soteacher import api, series, studies
+from soteacher import api, cli, series, studies
 from soteacher.config import StudyConfig
 from soteacher.errors import InputError, InterruptedRunError
 from soteacher.recipes import read_study
@@ -404,3 +404,45 @@ def test_the_library_runs_a_series(
         api.run(
             tiny_series(), tmp_path / "other", networks={"tiny": tiny_network(3, 1)}, settings=["study.seeds=[0, 1]"]
         )
+
+
+def test_the_command_line_runs_a_series_and_tells_the_points(
+    tmp_path: Path,
+    tiny_series: Any,
+    tiny_tree: Any,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    study = tiny_tree(training={"epochs": 1, "batch_size": 20}, card=None)
+    del study["name"]
+    tree = tiny_series(study=study, vary={"rate": {"path": "training.optimizer.learning_rate", "values": [0.01, 0.05]}})
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(tree))
+    out = str(tmp_path / "run")
+    words = [
+        "soteacher",
+        "run",
+        str(tmp_path / "mine.yaml"),
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "--set",
+        "study.seeds=[2]",
+    ]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert not left.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("point ")] == ["point base (1 of 2)", "point rate-0.01 (2 of 2)"]
+    assert sum(line.startswith("teacher standard/seed2: finished, test accuracy") for line in lines) == 2
+    assert f"report: {out}/report.html" in lines
+    assert any("kd, NLL: better" in line for line in lines)
+    for name in ("base", "rate-0.01"):
+        log = (tmp_path / "run" / "points" / name / "log.txt").read_text()
+        assert log.count("finished, test accuracy") == 5
+    monkeypatch.setattr("sys.argv", ["soteacher", "report", out])
+    (tmp_path / "run" / "report.html").unlink()
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "Along rate" in (tmp_path / "run" / "report.html").read_text()

@@ -14,6 +14,7 @@ from soteacher.errors import InputError
 from soteacher.report.series_charts import axis_chart
 from soteacher.report.series_figures import (
     ACCURACY,
+    NLL,
     QUANTITIES,
     along,
     by_arm,
@@ -124,9 +125,11 @@ def test_closeness_is_the_distance_where_cards_know_it() -> None:
 
 
 def test_pairs_are_differences_within_a_point_and_seed() -> None:
-    distances, accuracies = pairs_within_points(make_results(), "kd")
+    distances, accuracies = pairs_within_points(make_results(), "kd", ACCURACY)
     assert distances == pytest.approx(3 * [-0.02, -0.021, -0.02])
     assert accuracies == pytest.approx(3 * [0.03, 0.032, 0.03])
+    assert pairs_within_points(make_results(), "kd", NLL)[1] == pytest.approx(3 * [-0.03, -0.032, -0.03])
+    assert pairs_within_points(make_results(), "other", NLL) == ([], [])
 
 
 def test_difference_table_is_that_of_scipy() -> None:
@@ -167,8 +170,9 @@ def test_trend_table_compares_the_ends_of_the_axis_seed_by_seed() -> None:
 
 def test_tally_counts_the_points() -> None:
     table = tally_table(make_results())
-    assert table.columns == ("teacher", "teacher: better / worse / inconclusive", "kd: better / worse / inconclusive")
-    assert table.rows == (("soteacher", "3 / 0 / 0", "3 / 0 / 0"),)
+    judged = ("teacher", "kd, accuracy", "kd, NLL")
+    assert table.columns == ("teacher", *(f"{one}: better / worse / inconclusive" for one in judged))
+    assert table.rows == (("soteacher", "3 / 0 / 0", "3 / 0 / 0", "3 / 0 / 0"),)
 
 
 def test_correlation_is_spearmans() -> None:
@@ -177,11 +181,13 @@ def test_correlation_is_spearmans() -> None:
     for point in results["points"]:
         for row in point["rows"]:
             row["accuracy_last"] += generator.normal(0, 0.01)
-    distances, accuracies = pairs_within_points(results, "kd")
+    distances, accuracies = pairs_within_points(results, "kd", ACCURACY)
     rho = scipy.stats.spearmanr(distances, accuracies).statistic
-    (sentence,) = correlation_sentences(results)
+    sentence, by_nll = correlation_sentences(results)
     assert "over 9 teachers, each against standard of its point and seed, the rank correlation" in sentence["reason"]
-    assert f"student accuracy is {rho:+.2f} [" in sentence["reason"]
+    assert f"student's test accuracy is {rho:+.2f} [" in sentence["reason"]
+    rho = scipy.stats.spearmanr(*pairs_within_points(results, "kd", NLL)).statistic
+    assert f"student's test NLL is {rho:+.2f} [" in by_nll["reason"]
     assert sentence["verdict"] == "inconclusive"
 
 
@@ -194,8 +200,8 @@ def test_students_of_closer_teachers_are_called_what_they_are(sign: int, verdict
                 row["card"]["distance.train.mse"] += 0.01 * (number + 3 * row["seed"])
             elif row["arm"] == "soteacher-kd":
                 row["accuracy_last"] += sign * 0.01 * (number + 3 * row["seed"])
-    (sentence,) = correlation_sentences(results)
-    assert sentence["verdict"] == verdict
+                row["nll"] -= sign * 0.01 * (number + 3 * row["seed"])
+    assert [sentence["verdict"] for sentence in correlation_sentences(results)] == [verdict, verdict]
 
 
 def test_a_series_without_pairs_says_nothing_of_them() -> None:
@@ -246,7 +252,7 @@ def test_page_shows_the_whole_series(make_series: Callable[..., Path]) -> None:
         "Expected: less noise is closer",
         "Along noise & more",
         "Along model",
-        "soteacher 3 / 0 / 0 3 / 0 / 0",
+        "soteacher 3 / 0 / 0 3 / 0 / 0 3 / 0 / 0",
         "Distance of the teachers on training inputs, by noise & more",
         "teacher standard squared distance to the true distribution 0.1100 0.3100 +0.2000 [+0.2000, +0.2000] rises",
         "Against standard, point by point",

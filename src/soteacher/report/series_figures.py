@@ -54,7 +54,8 @@ QUANTITIES = (
 """What is drawn, in this order; a figure that no network has is left out."""
 CLOSENESS = ("distance.train.mse", "distance.train_out_of_fold.mse", "nll")
 """What says how good a teacher is without a student: the first that teachers have. Lower is better."""
-ACCURACY = next(one for one in QUANTITIES if (one.role, one.key) == ("student", "accuracy_last"))
+ACCURACY, NLL = (one for one in QUANTITIES if one.role == "student")
+"""What students are judged by. NLL also counts how sure they are, and so shows smaller gains than accuracy does."""
 
 
 def value_of(row: Mapping[str, Any], key: str) -> float | None:
@@ -110,7 +111,7 @@ def students_of(point: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     return found
 
 
-def pairs_within_points(results: Results, student: str) -> tuple[list[float], list[float]]:
+def pairs_within_points(results: Results, student: str, judged: Quantity) -> tuple[list[float], list[float]]:
     """Return, for every teacher but the reference, how it and its student differ from those of the reference.
 
     Differences are taken within a point and a seed, so that nothing that an axis changes for all teachers alike is in
@@ -119,22 +120,22 @@ def pairs_within_points(results: Results, student: str) -> tuple[list[float], li
     Args:
         results: of the series.
         student: the student's name in the studies.
+        judged: what the students are judged by.
 
     Returns:
-        Differences of the teachers' :func:`closeness`, and of their students' test accuracies, in one order.
+        Differences of the teachers' :func:`closeness`, and of their students' figures, in one order.
     """
     reference, key = reference_teacher(results), closeness(results).key
     distances: list[float] = []
-    accuracies: list[float] = []
+    gains: list[float] = []
     for point in results["points"]:
-        teachers, students = by_arm(point, "teacher", key), by_arm(point, "student", "accuracy_last")
+        teachers, students = by_arm(point, "teacher", key), by_arm(point, "student", judged.key)
         arms = students_of(point).get(student, {})
         base, base_student = teachers.get(reference or "", {}), students.get(arms.get(reference or "", ""), {})
         for teacher, arm in arms.items():
             own, own_student = teachers.get(teacher, {}), students.get(arm, {})
-            for seed in (
-                own.keys() & own_student.keys() & base.keys() & base_student.keys() if teacher != reference else ()
-            ):
+            shared = own.keys() & own_student.keys() & base.keys() & base_student.keys()
+            for seed in sorted(shared) if teacher != reference else ():
                 distances.append(own[seed] - base[seed])
-                accuracies.append(own_student[seed] - base_student[seed])
-    return distances, accuracies
+                gains.append(own_student[seed] - base_student[seed])
+    return distances, gains

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from statistics import fmean
 from typing import Any, Literal
 
 from soteacher.report.cards import correlation_words
 from soteacher.report.series_figures import (
     ACCURACY,
+    NLL,
     Quantity,
     Results,
     Seeds,
@@ -20,7 +21,14 @@ from soteacher.report.series_figures import (
     students_of,
 )
 from soteacher.report.tables import Table, interval, percent, signed_points
-from soteacher.statistics import PairedDifference, RankCorrelation, paired_difference, rank_correlation, verdict
+from soteacher.statistics import (
+    PairedDifference,
+    RankCorrelation,
+    Verdict,
+    paired_difference,
+    rank_correlation,
+    verdict,
+)
 
 
 def _words(quantity: Quantity) -> tuple[Callable[[float], str], Callable[[float], str]]:
@@ -108,47 +116,44 @@ def trend_table(results: Results, axis: str) -> Table:
 
 
 def correlation_sentences(results: Results) -> list[dict[str, str]]:
-    """Return for each student whether students of closer teachers were better, as reason and verdict."""
+    """Return for each student, by accuracy and by NLL, whether those of closer teachers are better: reason, verdict."""
     sentences: list[dict[str, str]] = []
     reference, quantity = reference_teacher(results), closeness(results)
     for student in dict.fromkeys(name for point in results["points"] for name in students_of(point)):
-        distances, accuracies = pairs_within_points(results, student)
-        found = rank_correlation(distances, accuracies)
-        if found.value is None:
-            continue
-        reason = (
-            f"{student}: over {found.count} teachers, each against {reference} of its point and seed, the rank "
-            f"correlation of {quantity.unit} with student accuracy is {correlation_words(found)}; "
-            "students of closer teachers are"
-        )
-        sentences.append({"reason": reason, "verdict": _judged(found)})
+        for judged in (ACCURACY, NLL):
+            distances, gains = pairs_within_points(results, student, judged)
+            found = rank_correlation(distances, gains)
+            if found.value is None:
+                continue
+            word = "accuracy" if judged is ACCURACY else "NLL"
+            reason = (
+                f"{student}: over {found.count} teachers, each against {reference} of its point and seed, the rank "
+                f"correlation of {quantity.unit} with the student's test {word} is {correlation_words(found)}; by "
+                f"{word}, students of closer teachers are"
+            )
+            sentences.append({"reason": reason, "verdict": _judged(found, judged)})
     return sentences
 
 
-def _judged(found: RankCorrelation) -> Literal["better", "worse", "inconclusive"]:
-    """Return what a correlation of distance and accuracy says of students of closer teachers."""
+def _judged(found: RankCorrelation, judged: Quantity) -> Literal["better", "worse", "inconclusive"]:
+    """Return what a correlation of distance and a student's figure says of students of closer teachers."""
     if found.interval is None or found.interval[0] <= 0 <= found.interval[1]:
         return "inconclusive"
-    return "better" if found.interval[1] < 0 else "worse"
+    return "better" if (found.interval[1] < 0) == (judged is ACCURACY) else "worse"
 
 
 def tally_table(results: Results) -> Table:
-    """Return for each teacher but the reference in how many points it and its students were better or worse."""
-    reference, quantity = reference_teacher(results), closeness(results)
+    """Return for each teacher but the reference in how many points it, or its student, was better or worse.
+
+    Teachers are judged by :func:`closeness` against the reference, students by accuracy against their baseline and by
+    NLL against the reference's student.
+    """
+    reference = reference_teacher(results)
     counts: dict[str, dict[str, list[int]]] = {}
     for point in results["points"]:
-        teachers = by_arm(point, "teacher", quantity.key)
-        entries = {entry["arm"]: entry for entry in point["summary"]}
-        for teacher, own in teachers.items():
-            if teacher == reference:
-                continue
-            found = {"teacher": verdict(paired_difference(teachers.get(reference or "", {}), own))}
-            for student, arms in students_of(point).items():
-                entry = entries.get(arms.get(teacher, ""), {})
-                found |= {student: entry["verdict"]} if entry.get("verdict") else {}
-            for what, judged in found.items():
-                tally = counts.setdefault(teacher, {}).setdefault(what, [0, 0, 0])
-                tally[("better", "worse", "inconclusive").index(judged)] += 1
+        for teacher, what, judged in _verdicts(point, reference or "", closeness(results).key):
+            tally = counts.setdefault(teacher, {}).setdefault(what, [0, 0, 0])
+            tally[("better", "worse", "inconclusive").index(judged)] += 1
     headings = list(dict.fromkeys(what for found in counts.values() for what in found))
     return Table(
         columns=("teacher", *(f"{what}: better / worse / inconclusive" for what in headings)),
@@ -158,3 +163,19 @@ def tally_table(results: Results) -> Table:
         ),
         numeric=(False, *[True] * len(headings)),
     )
+
+
+def _verdicts(point: Mapping[str, Any], reference: str, key: str) -> Iterator[tuple[str, str, Verdict]]:
+    """Yield the verdicts on a point's teachers and on their students: teacher, what is judged, verdict."""
+    teachers, surprises = by_arm(point, "teacher", key), by_arm(point, "student", NLL.key)
+    entries = {entry["arm"]: entry for entry in point["summary"]}
+    for teacher, own in teachers.items():
+        if teacher == reference:
+            continue
+        yield teacher, "teacher", verdict(paired_difference(teachers.get(reference, {}), own))
+        for student, arms in students_of(point).items():
+            arm, base = arms.get(teacher, ""), arms.get(reference, "")
+            if entries.get(arm, {}).get("verdict"):
+                yield teacher, f"{student}, accuracy", entries[arm]["verdict"]
+            if arm in surprises and base in surprises:
+                yield teacher, f"{student}, NLL", verdict(paired_difference(surprises[base], surprises[arm]))
