@@ -25,8 +25,10 @@ from soteacher import functional
 from soteacher.cli import app
 from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher
 from soteacher.data import SOURCES, AugmentConfig, SourceConfig
+from soteacher.diagnostics.card_config import CardConfig, FoldConfig
 from soteacher.errors import InputError
 from soteacher.method_pages import describe_method, inline_markdown
+from soteacher.mixing import MixingConfig
 from soteacher.models.classifier import Classifier
 from soteacher.models.inspection import inspect_network
 from soteacher.models.takeover import take_over_classifier
@@ -39,8 +41,10 @@ from soteacher.train.config import (
     AdamWConfig,
     ConstantConfig,
     CosineConfig,
+    EMAConfig,
     MultiStepConfig,
     SGDConfig,
+    SWAConfig,
     TrainingConfig,
 )
 from soteacher.types import Task
@@ -58,6 +62,11 @@ SETTINGS: tuple[tuple[str, str, type[Settings]], ...] = (
     ("training.schedule, name: multistep", "", MultiStepConfig),
     ("training.schedule, name: cosine", "", CosineConfig),
     ("training.schedule, name: constant", "", ConstantConfig),
+    ("training.averaging, name: swa", "", SWAConfig),
+    ("training.averaging, name: ema", "", EMAConfig),
+    ("training.mixing", "", MixingConfig),
+    ("card", "", CardConfig),
+    ("folds", "", FoldConfig),
     ("teachers.NAME: trained in the study", "Names are lower-case, with digits, `_` and `.`.", TrainedTeacher),
     ("teachers.NAME: an earlier state of another teacher", "", SavedTeacher),
     ("teachers.NAME: a file", "", FileTeacher),

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from soteacher.data import DataSet, NpzConfig, load_data
+from soteacher.diagnostics.card_config import FoldConfig
 from soteacher.errors import InputError, InterruptedRunError
 from soteacher.models.weights import load_weights, read_weights
-from soteacher.out_of_fold import FoldConfig, check_folds, folds_of, out_of_fold_predictions
+from soteacher.out_of_fold import check_folds, folds_of, out_of_fold_predictions
 
 Predict = Callable[..., torch.Tensor]
 

@@ -1,4 +1,5 @@
 import copy
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -6,13 +7,15 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
-from soteacher import api, cli, series, studies
+from soteacher import api, cli, studies, terminal
 from soteacher.config import StudyConfig
 from soteacher.errors import InputError, InterruptedRunError
 from soteacher.recipes import read_study
 from soteacher.run_folder import locked, read_config
 from soteacher.series import SeriesConfig, read_plan, report_again, run_series
+from soteacher.series import run as series_run
 from soteacher.studies import run_study
 
 pytestmark = pytest.mark.usefixtures("one_core", "no_report")
@@ -44,7 +47,7 @@ def tiny_series(tiny_study: Callable[..., dict[str, Any]]) -> Callable[..., dict
 
 @pytest.fixture
 def run(tiny_network: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    monkeypatch.setattr(series, "write_series_report", lambda _: None)
+    monkeypatch.setattr(series_run, "write_series_report", lambda _: None)
 
     def start(tree: dict[str, Any], folder: Path, **options: Any) -> dict[str, Any]:
         return run_series(SeriesConfig(**copy.deepcopy(tree)), folder, factories={"tiny": tiny_network}, **options)
@@ -244,7 +247,7 @@ def test_rows_carry_the_figures_of_the_teachers_cards(
         (folder / "teachers/standard/seed0/card.json").write_text(json.dumps(card))
         return results
 
-    monkeypatch.setattr(series, "run_study", with_card)
+    monkeypatch.setattr(series_run, "run_study", with_card)
     results = run(tiny_series(), tmp_path / "run")
     for point in results["points"]:
         cards = {row["role"]: row.get("card") for row in point["rows"]}
@@ -253,7 +256,7 @@ def test_rows_carry_the_figures_of_the_teachers_cards(
 
 def test_finished_points_are_not_run_again(tmp_path: Path, tiny_series: Any, run: Any, monkeypatch: Any) -> None:
     first = run(tiny_series(), tmp_path / "run")
-    monkeypatch.setattr(series, "run_study", None)
+    monkeypatch.setattr(series_run, "run_study", None)
     assert run(tiny_series(), tmp_path / "run", resume=True) == first
     described = tiny_series(description="Other words.")
     described["vary"]["batch"]["reading"] = "It falls."
@@ -286,7 +289,7 @@ def test_a_stopped_series_goes_on_to_the_same_end(
 
     with monkeypatch.context() as patch:
         if when == "between":
-            patch.setattr(series, "run_study", stopping)
+            patch.setattr(series_run, "run_study", stopping)
         with pytest.raises(error):
             run(tiny_series(), tmp_path / "cut", on_event=stop if when == "within" else None)
     cut = tmp_path / "cut"
@@ -446,3 +449,19 @@ def test_the_command_line_runs_a_series_and_tells_the_points(
     with pytest.raises(SystemExit):
         cli.main()
     assert "Along rate" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_terminal_counts_the_networks_of_each_point(
+    tmp_path: Path, tiny_series: Any, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=100, color_system=None, legacy_windows=False)
+    monkeypatch.setattr(terminal, "Console", lambda **_: console)
+    with terminal.ProgressDisplay(tmp_path / "run") as display:
+        run(tiny_series(), tmp_path / "run", on_event=display)
+    shown = screen.getvalue()
+    for name in ("base (1 of 3)", "examples-30 (2 of 3)", "batch-small (3 of 3)"):
+        assert f"point {name}" in shown
+    assert "all 2 networks" in shown
+    assert not (tmp_path / "run" / "log.txt").exists()
+    assert (tmp_path / "run/points/base/log.txt").read_text().count("finished") == 2

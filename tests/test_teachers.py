@@ -4,16 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import scipy.optimize
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+import soteacher
 from soteacher.data import held_out_rows, load_data
 from soteacher.errors import InputError, InterruptedRunError
 from soteacher.files import read_json
 from soteacher.jobs import Job, Study, evaluation_batches, jobs_of, load_finished, start_of, teacher_of
+from soteacher.models.weights import weights_checksum
 from soteacher.networks import rows_of, train_network
 from soteacher.recipes import read_study
 from soteacher.studies import run_study
@@ -279,6 +282,54 @@ def test_a_route_through_weights_that_were_not_kept_is_refused_before_anything_i
     tree["students"] = {"route": {"model": "tiny", "training": {"route": [0.25, 0.5]}}}
     with pytest.raises(InputError, match=r"standard-route/seed0: the weights of teacher standard/seed0 after 1 epochs"):
         train(tree, tmp_path / "run", resume=True)
+
+
+LOOK = {"examples": 12, "views": 2, "gradient_examples": 4, "slope_examples": 2, "slope_steps": 1}
+
+
+def test_a_study_makes_a_card_and_its_page_for_each_teacher_of_the_images_that_it_was_trained_on(
+    tmp_path: Path, train, teachers, tiny_network
+) -> None:
+    run = tmp_path / "run"
+    tree = teachers(plain={"training": {"held_out": 0.25}}, early={"from": "plain", "after": 2}) | {"card": LOOK}
+    train(tree, run)
+    for arm in ("plain", "early"):
+        folder = run / "teachers" / arm / "seed0"
+        card = read_json(folder / "card.json")
+        assert card["data"]["train_examples"] == 30  # without the held-out ones
+        network = soteacher.load(folder, model=tiny_network).network
+        assert card["network"]["checksum"] == weights_checksum(network)
+        assert "<svg" in (folder / "card.html").read_text()
+    cards = [read_json(run / f"teachers/{arm}/seed0/card.json")["figures"] for arm in ("plain", "early")]
+    assert cards[0]["test"]["nll"] != cards[1]["test"]["nll"]
+    assert cards[0]["test"]["accuracy"] <= 1
+
+
+def test_cards_compare_with_predictions_of_networks_that_have_not_seen_the_images(
+    tmp_path: Path, train, teachers
+) -> None:
+    run, told = tmp_path / "run", list[str]()
+    folds = {"model": "tiny", "folds": 2, "epochs": 1}
+    tree = teachers(plain={}) | {"card": LOOK, "folds": folds}
+    train(tree, run, on_event=lambda job, event: told.append(job.name) if event["event"] == "finished" else None)
+    assert told == ["teacher without_fold_1/seed0", "teacher without_fold_2/seed0", "teacher plain/seed0"]
+    distance = read_json(run / "teachers/plain/seed0/card.json")["figures"]["distance"]
+    assert distance["train_out_of_fold"]["mse"] > 0
+    assert "test" not in distance
+
+
+def test_folds_that_leave_a_class_out_stop_a_study_before_its_first_network(
+    tmp_path: Path, train, teachers, tiny_arrays
+) -> None:
+    path = tmp_path / "rare.npz"
+    arrays = dict(tiny_arrays)
+    arrays["train_labels"] = np.where(np.arange(40) == 0, 2, np.arange(40) % 2)  # one example of class 2
+    np.savez(path, **arrays)
+    tree = teachers(plain={}) | {"card": LOOK, "folds": {"model": "tiny", "folds": 4}}
+    tree["data"] = {"source": "npz", "path": str(path)}
+    with pytest.raises(InputError, match=r"leaves the class '2' out of its networks' training"):
+        train(tree, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_combined_terms_and_settings_all_count(tmp_path: Path, train, teachers) -> None:

@@ -14,14 +14,15 @@ from torch import nn
 from soteacher.config import DataChoice, FileTeacher, Student, StudyConfig, TrainedTeacher
 from soteacher.data import SOURCES, DataSet, load_data
 from soteacher.deployment import Format, export_classifier
-from soteacher.diagnostics.card import CardConfig, make_card
+from soteacher.diagnostics.card import make_card
+from soteacher.diagnostics.card_config import CardConfig, FoldConfig
 from soteacher.errors import InputError
 from soteacher.jobs import NetworkFactory, OnEvent, Study, evaluation_batches, find_network, load_teacher_file
 from soteacher.models.classifier import Classifier, NetworkSpec, classifier_of
 from soteacher.models.weights import FACTS_FILE, load_classifier, load_weights, read_facts, read_weights
 from soteacher.objectives import method as method_named
 from soteacher.objectives import objective_config
-from soteacher.out_of_fold import FoldConfig, OnFold, out_of_fold_predictions
+from soteacher.out_of_fold import OnFold, out_of_fold_predictions
 from soteacher.recipes import read_study
 from soteacher.report.card_page import write_card
 from soteacher.series import SeriesConfig, read_plan, run_series
@@ -258,9 +259,10 @@ def card(
             are those that it was trained on. Views are drawn with their ``augment``, by default the network's own.
         out: the card's folder.
         model: network of a foreign checkpoint, or one of your own.
-        look: settings of :class:`~soteacher.diagnostics.card.CardConfig`.
-        folds: settings of :class:`~soteacher.out_of_fold.FoldConfig`: compare with out-of-fold predictions of networks
-            that are trained for it, into ``out/out_of_fold``. Their network is the card's, where none is named.
+        look: settings of :class:`~soteacher.diagnostics.card_config.CardConfig`.
+        folds: settings of :class:`~soteacher.diagnostics.card_config.FoldConfig`: compare with out-of-fold predictions
+            of networks that are trained for it, into ``out/out_of_fold``. Their network is the card's, where none is
+            named.
         settings: ``path.to.field=value``, laid over ``data``, ``card`` (what ``look`` is) and ``folds``.
         data_root: where data sets lie.
         device: ``auto``, ``cpu`` or ``cuda``.

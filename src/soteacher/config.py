@@ -11,7 +11,7 @@ import yaml
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from soteacher.data import DataConfig
-from soteacher.diagnostics.card import CardConfig
+from soteacher.diagnostics.card_config import CardConfig, FoldConfig
 from soteacher.errors import InputError, unknown_name
 from soteacher.objective import Method, ObjectiveConfig
 from soteacher.objectives import method as method_named
@@ -20,7 +20,7 @@ from soteacher.settings import Settings, merge, parse
 from soteacher.train.config import Criterion, Point, TrainingConfig, epochs_at
 from soteacher.train.logs import LoggerName
 
-FREE = ("description", "baseline", "logging", "card")
+FREE = ("description", "baseline", "logging", "card", "folds")
 """Settings that change no number of a network: a run may go on with others."""
 ArmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.]*$")]
 TermSettings = dict[str, dict[str, Any] | None]
@@ -148,6 +148,9 @@ class StudyConfig(Settings):
     """Where the curves go besides the run's own files."""
     card: CardConfig | None = CardConfig()
     """How closely each teacher is looked at for its card; null: no cards."""
+    folds: FoldConfig | None = None
+    """Networks whose predictions for training images that they have not seen stand in, on the cards, for the true label
+    distribution; they are trained before the teachers. Null: none."""
 
     @field_validator("seeds")
     @classmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal
 
@@ -165,14 +164,6 @@ def load_teacher_file(study: Study, spec: FileTeacher) -> tuple[Classifier, Netw
             f"is {different[0][1]!r} in the data"
         )
     return restored(study, network, path), network
-
-
-def weights_checksum(network: nn.Module) -> str:
-    """Return a checksum of a network's weights, by name."""
-    checksum = blake2b(digest_size=16)
-    for name, tensor in sorted(network.state_dict().items()):
-        checksum.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return checksum.hexdigest()
 
 
 def find_network(path: Path, roles: Sequence[Literal["teacher", "student"]] = ("teacher",)) -> Path:

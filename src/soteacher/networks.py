@@ -12,6 +12,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,8 +22,9 @@ from soteacher.config import FileTeacher, SavedTeacher, Student, TrainedTeacher
 from soteacher.data import EvaluationLoader, TrainLoader, held_out_rows
 from soteacher.diagnostics.calibration import brier_score, fit_temperature
 from soteacher.diagnostics.card import make_card
+from soteacher.diagnostics.card_config import CardConfig
 from soteacher.environment import PeakMemory, environment
-from soteacher.files import read_json, write_json, write_tensors, write_text
+from soteacher.files import read_json, write_tensors, write_text
 from soteacher.jobs import (
     Job,
     OnEvent,
@@ -34,7 +36,6 @@ from soteacher.jobs import (
     spec_of,
     start_of,
     teacher_of,
-    weights_checksum,
 )
 from soteacher.kept_epochs import (
     best_epochs,
@@ -50,9 +51,11 @@ from soteacher.models.classifier import Classifier, NetworkSpec
 from soteacher.models.parts import Parts, evaluating
 from soteacher.models.taps import Tapped, resolve_taps
 from soteacher.models.temperature import divide_logits
-from soteacher.models.weights import load_weights, read_weights, save_classifier
+from soteacher.models.weights import load_weights, read_weights, save_classifier, weights_checksum
 from soteacher.objective import Stage
 from soteacher.randomness import derive_seed
+from soteacher.report.card_page import write_card
+from soteacher.run_folder import OUT_OF_FOLD, PREDICTIONS
 from soteacher.train.averaging import WeightAverage
 from soteacher.train.checkpoint import Checkpoint
 from soteacher.train.config import TrainingConfig
@@ -366,11 +369,19 @@ def _finish(
         "reliability": {split: figure.reliability for split, figure in figures.items()},
     }  # fmt: skip
     if job.role == "teacher" and study.config.card is not None:
-        data = replace(study.data, train=study.data.train.subset(rows_of(study, job)[0]))
-        augment, settings = study.config.data.augment, study.config.card
-        card = make_card(classifier, network, data, augment, settings, device=study.device)
-        write_json(study.folder_of(job) / "card.json", card)
+        write_card(study.folder_of(job), _card(study, job, study.config.card, classifier, network))
     save_classifier(study.folder_of(job), classifier, network, everything)
+
+
+def _card(study: Study, job: Job, config: CardConfig, classifier: Classifier, network: NetworkSpec) -> dict[str, Any]:
+    """Return a teacher's card; its training images are those that it was trained on."""
+    rows, out_of_fold = rows_of(study, job)[0], None
+    if study.config.folds is not None:
+        with np.load(study.folder / OUT_OF_FOLD / PREDICTIONS) as file:
+            out_of_fold = torch.from_numpy(file["probabilities"])[rows]
+    data = replace(study.data, train=study.data.train.subset(rows))
+    augment = study.config.data.augment
+    return make_card(classifier, network, data, augment, config, device=study.device, out_of_fold=out_of_fold)
 
 
 def _row(

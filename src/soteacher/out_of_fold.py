@@ -13,45 +13,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from soteacher.config import StudyConfig
 from soteacher.data import DataSet, SourceConfig
+from soteacher.diagnostics.card_config import FoldConfig
 from soteacher.errors import InputError
 from soteacher.files import read_json, replacing, write_json
 from soteacher.jobs import Job, NetworkFactory, Study, evaluation_batches, load_finished
 from soteacher.models.zoo import check_network
 from soteacher.networks import train_network
 from soteacher.randomness import generator
-from soteacher.run_folder import locked
-from soteacher.settings import Settings, merge, parse
+from soteacher.run_folder import OUT_OF_FOLD, PREDICTIONS, locked
+from soteacher.settings import merge, parse
 from soteacher.train.evaluate import predict
 
-FOLDER = "out_of_fold"
 FACTS_FILE = "folds.json"
-PREDICTIONS_FILE = "predictions.npz"
 ARM = "fold"
 
 OnFold = Callable[[int, Job, dict[str, Any]], None]
 """Told of the fold, counted from 0, the network that is trained on the others, and its progress."""
-
-
-class FoldConfig(Settings):
-    """How the networks are trained whose predictions stand in for the true label distribution."""
-
-    model: str
-    """Network: a name that ``soteacher models`` lists, or ``timm/NAME``."""
-    folds: int = Field(default=5, ge=2)
-    """Parts that the training examples are cut into; each is predicted by networks trained on the others."""
-    repeats: int = Field(default=1, ge=1)
-    """Networks for each fold, of different seeds; their probabilities are averaged."""
-    epochs: int = Field(default=30, ge=1)
-    """Passes of each network over its training examples."""
-    training: dict[str, Any] = {}
-    """Further settings of their training."""
-    seed: int = Field(default=0, ge=0)
-    """Of the folds, and of the first repeat's networks; further repeats take the seeds after it."""
 
 
 def folds_of(labels: Tensor, num_folds: int, seed: int) -> Tensor:
@@ -135,7 +116,7 @@ def out_of_fold_predictions(
 
     Source: the mean of networks' held-out predictions as a stand-in for the true label distribution is ours.
     """
-    root, labels = folder / FOLDER, data.train.labels
+    root, labels = folder / OUT_OF_FOLD, data.train.labels
     folds = folds_of(labels, config.folds, config.seed)
     check_folds(labels, folds, data.class_names)
     if config.model not in (factories or {}):
@@ -145,13 +126,13 @@ def out_of_fold_predictions(
     ]
     with locked(root):
         _claim(root, config, source, data)
-        if (root / PREDICTIONS_FILE).exists():
-            return _read_predictions(root / PREDICTIONS_FILE)
+        if (root / PREDICTIONS).exists():
+            return _read_predictions(root / PREDICTIONS)
         predictions = torch.zeros(len(labels), data.num_classes, dtype=torch.float64)
         for fold, study in enumerate(studies):
             _train_fold(fold, study, on_event=on_event, should_stop=should_stop)
             predictions[folds == fold] = _mean_probabilities(study)
-        with replacing(root / PREDICTIONS_FILE) as part, part.open("wb") as file:
+        with replacing(root / PREDICTIONS) as part, part.open("wb") as file:
             np.savez(file, probabilities=predictions.float().numpy(), checksum=np.array(data.checksum))
         return predictions.float()
 
@@ -168,7 +149,7 @@ def _study_without(
 ) -> Study:
     """Return the study that trains a fold's networks: on the other folds, and tested on this one."""
     tree = {
-        "name": FOLDER,
+        "name": OUT_OF_FOLD,
         "data": source.model_dump(),
         "seeds": [config.seed + repeat for repeat in range(config.repeats)],
         "training": merge(config.training, {"epochs": config.epochs}),

@@ -19,6 +19,8 @@ from soteacher.train.checkpoint import Checkpoint
 CONFIG = "config.yaml"
 STATE = "run.json"
 LOG = "log.txt"
+OUT_OF_FOLD = "out_of_fold"
+PREDICTIONS = "predictions.npz"
 LOCK_SECONDS = 10.0
 """How long another process at work in the folder is waited for."""
 

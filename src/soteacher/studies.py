@@ -23,6 +23,7 @@ import soteacher
 from soteacher.assembly import assemble, examples_of, look_at
 from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher
 from soteacher.data import load_data
+from soteacher.diagnostics.card_config import FoldConfig
 from soteacher.environment import environment
 from soteacher.errors import InputError, InterruptedRunError
 from soteacher.files import read_json, write_json
@@ -41,6 +42,7 @@ from soteacher.models.classifier import Classifier
 from soteacher.models.temperature import divide_logits
 from soteacher.models.zoo import check_network
 from soteacher.networks import rows_of, train_network
+from soteacher.out_of_fold import check_folds, folds_of, out_of_fold_predictions
 from soteacher.pool import Work, available_cores, default_workers, run_side_by_side
 from soteacher.report import write_report
 from soteacher.run_folder import LOG, STATE, claim, locked, network_folder, read_config
@@ -89,6 +91,9 @@ def run_study(
     study = Study(config, folder, load_data(config.data, data_root, progress=on_download), device, factories or {})
     _check_networks(study)
     check_saved(study)
+    if config.folds is not None:
+        train = study.data.train
+        check_folds(train.labels, folds_of(train.labels, config.folds.folds, config.folds.seed), study.data.class_names)
     cores = available_cores()
     plan = default_workers(cores, _width(config), device)
     if workers is not None:
@@ -104,6 +109,8 @@ def run_study(
         waiting = {job: needed for job, needed in jobs_of(study.config).items() if not study.finished(job)}
         report = on_event or _ignore
         with stop_requested() as should_stop:
+            if config.folds is not None and any(job.role == "teacher" for job in waiting):
+                _predict_out_of_fold(study, config.folds, plan["threads"], on_event=report, should_stop=should_stop)
             given = {job: None for job in waiting if isinstance(spec_of(config, job), FileTeacher)}
             _run_here(study, given, threads=plan["threads"], on_event=report, should_stop=should_stop)
             waiting = {job: needed for job, needed in waiting.items() if job not in given}
@@ -112,6 +119,33 @@ def run_study(
             elif waiting:
                 _run_beside(study, waiting, plan, lock.fileno(), data_root, on_event=report, should_stop=should_stop)
         return _write_results(config, folder, plan)
+
+
+def _predict_out_of_fold(
+    study: Study, config: FoldConfig, threads: int, *, on_event: OnEvent, should_stop: Callable[[], bool]
+) -> None:
+    """Train the networks whose predictions the teachers' cards compare with."""
+
+    def tell(fold: int, job: Job, event: dict[str, Any]) -> None:
+        # They are none of the study's networks, which are counted.
+        on_event(Job("teacher", f"without_fold_{fold + 1}", job.seed), {**event, "counted": False})
+
+    with threads_set(threads):
+        out_of_fold_predictions(
+            config, study.config.data, study.data, study.folder, device=study.device, factories=study.factories,
+            on_event=tell, should_stop=should_stop,
+        )  # fmt: skip
+
+
+@contextmanager
+def threads_set(threads: int) -> Generator[None, None, None]:
+    """Let PyTorch use so many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _width(config: StudyConfig) -> int:
@@ -153,9 +187,7 @@ def _run_here(
     should_stop: Callable[[], bool],
 ) -> None:
     """Train networks one after the other in this process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with threads_set(threads):
         for job in jobs:
             if should_stop():
                 raise InterruptedRunError("stopped between two networks")
@@ -163,8 +195,6 @@ def _run_here(
                 train_network(study, job, on_event=on_event, should_stop=should_stop)
             except InputError as error:
                 raise InputError(f"{job.name}: {error}") from error
-    finally:
-        torch.set_num_threads(before)
 
 
 def _run_beside(
@@ -226,7 +256,7 @@ def _ignore(job: Job, event: dict[str, Any]) -> None:
 def _check_names(config: StudyConfig, factories: Mapping[str, NetworkFactory]) -> None:
     """Find misspelt networks and missing packages before a data set is downloaded for them."""
     check_loggers(config.logging)
-    for spec in (*config.teachers.values(), *config.students.values()):
+    for spec in (*config.teachers.values(), *config.students.values(), *([config.folds] if config.folds else [])):
         model = None if isinstance(spec, SavedTeacher) else spec.model
         if model is not None and model not in factories:
             check_network(model)

@@ -59,7 +59,7 @@ class ProgressDisplay:
         elif event["event"] == "epoch":
             self._epoch(job, event)
         elif event["event"] == "finished":
-            self._finished(job, event["row"])
+            self._finished(job, event["row"], counted=event.get("counted", True))
 
     def _go_to(self, point: str, place: str) -> None:
         """Turn to the next run of a series."""
@@ -107,10 +107,10 @@ class ProgressDisplay:
             print(line, flush=True)
         self._write(line)
 
-    def _finished(self, job: Job, row: Mapping[str, Any]) -> None:
+    def _finished(self, job: Job, row: Mapping[str, Any], *, counted: bool) -> None:
         if job in self._tasks:
             self._bars.remove_task(self._tasks.pop(job))
-        if self._all is not None:
+        if self._all is not None and counted:
             self._bars.advance(self._all)
         line = (
             f"{job.name}: finished, test accuracy {100 * row['accuracy_last']:.2f} % "

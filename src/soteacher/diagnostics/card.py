@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from hashlib import blake2b
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from soteacher import __version__, metrics
 from soteacher.data import AugmentConfig, DataSet
@@ -18,8 +17,9 @@ from soteacher.diagnostics.look import MOST_PASSES, Look, sample_of
 from soteacher.diagnostics.passes import measured, plain_logits
 from soteacher.diagnostics.pictures import png_of
 from soteacher.models.classifier import Classifier, NetworkSpec
+from soteacher.models.weights import weights_checksum
 
-__all__ = ["MOST_PASSES", "SCHEMA", "CardConfig", "make_card", "weights_checksum"]
+__all__ = ["MOST_PASSES", "SCHEMA", "CardConfig", "make_card"]
 
 SCHEMA = 1
 """Version of ``card.json``."""
@@ -100,15 +100,6 @@ def make_card(
         "passes": counter.images / sample.num_examples,
         "notes": look.notes,
     }  # fmt: skip
-
-
-def weights_checksum(network: nn.Module) -> str:
-    """Return a checksum of a network's weights, by name."""
-    checksum = blake2b(digest_size=16)
-    for name, tensor in sorted(network.state_dict().items()):
-        numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)  # NumPy does not know all types
-        checksum.update(name.encode() + numbers.numpy().tobytes())
-    return checksum.hexdigest()
 
 
 def _most_different(look: Look, logits: dict[str, Tensor]) -> list[dict[str, Any]]:

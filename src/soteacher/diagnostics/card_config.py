@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 
 from soteacher.settings import Settings
@@ -26,3 +28,20 @@ class CardConfig(Settings):
     """Images of each split that are shown, of those whose prediction differs most from their known distribution."""
     seed: int = Field(default=0, ge=0)
     """Of all draws."""
+
+
+class FoldConfig(Settings):
+    """How the networks are trained whose predictions stand in for the true label distribution."""
+
+    model: str
+    """Network: a name that ``soteacher models`` lists, or ``timm/NAME``."""
+    folds: int = Field(default=5, ge=2)
+    """Parts that the training examples are cut into; each is predicted by networks trained on the others."""
+    repeats: int = Field(default=1, ge=1)
+    """Networks for each fold, of different seeds; their probabilities are averaged."""
+    epochs: int = Field(default=30, ge=1)
+    """Passes of each network over its training examples."""
+    training: dict[str, Any] = {}
+    """Further settings of their training."""
+    seed: int = Field(default=0, ge=0)
+    """Of the folds, and of the first repeat's networks; further repeats take the seeds after it."""

@@ -7,6 +7,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, cast
 
@@ -243,3 +244,12 @@ def _described(value: Any) -> str:
 def _one_line(error: Exception) -> str:
     """Return the first sentence of a library's message."""
     return re.split(r"\n|\. ", str(error).strip(), maxsplit=1)[0] or type(error).__name__
+
+
+def weights_checksum(network: nn.Module) -> str:
+    """Return a checksum of a network's weights, by name."""
+    checksum = blake2b(digest_size=16)
+    for name, tensor in sorted(network.state_dict().items()):
+        numbers = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)  # NumPy does not know all types
+        checksum.update(name.encode() + numbers.numpy().tobytes())
+    return checksum.hexdigest()
