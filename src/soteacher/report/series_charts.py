@@ -28,7 +28,7 @@ def axis_chart(results: Results, axis: str, quantity: Quantity, *, label: str, i
     with chart_settings(name):
         figure, axes = empty_axes(4.8, 3.0 + 0.1 * (len(arms) + 1))
         for number, (arm, (colour, marker, style)) in enumerate(arms.items()):
-            aside = 0.5 * ((number + 0.5) / len(arms) - 0.5)  # side by side, so that intervals do not hide one another
+            aside = 0.4 * ((number + 0.5) / len(arms) - 0.5)  # side by side, so that intervals do not hide one another
             places = [place for place, one in enumerate(found) if arm in one]
             seeds = [[factor * value for value in found[place][arm].values()] for place in places]
             middles = [mean_interval(values) for values in seeds]
@@ -63,12 +63,14 @@ def _styles(results: Results, role: str, arms: Sequence[str]) -> dict[str, tuple
     teachers = list(dict.fromkeys(row["arm"] for row in rows if row["role"] == "teacher"))
     taught = {row["arm"]: row["teacher_arm"] for row in rows if row["role"] == "student"}
     alone = [arm for arm, teacher in taught.items() if teacher is None]
-    students = list(dict.fromkeys(arm.removeprefix(f"{teacher}-") for arm, teacher in taught.items()))
+    students = list(dict.fromkeys(arm.removeprefix(f"{teacher}-") for arm, teacher in taught.items() if teacher))
     styles: dict[str, tuple[str, str, str]] = {}
     for arm in dict.fromkeys(arms):
         teacher = arm if role == "teacher" else taught[arm]
         place = teachers.index(teacher) if teacher is not None else len(teachers) + alone.index(arm)
-        kind = 0 if role == "teacher" else students.index(arm.removeprefix(f"{teacher}-"))
-        line = (":" if teacher is None else ("-", "--", "-.")[kind % 3]) if role == "student" else "-"
-        styles[arm] = (COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)], line)
+        line = "-" if role == "teacher" else ":"
+        if role == "student" and teacher is not None:
+            line = ("-", "--", "-.")[students.index(arm.removeprefix(f"{teacher}-")) % 3]
+        turn = place // len(COLOURS)  # colours come again, with other markers
+        styles[arm] = (COLOURS[place % len(COLOURS)], MARKERS[(place + turn) % len(MARKERS)], line)
     return styles
