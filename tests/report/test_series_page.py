@@ -11,6 +11,7 @@ import scipy.stats
 import yaml
 
 from soteacher.errors import InputError
+from soteacher.report import series_charts
 from soteacher.report.series_charts import axis_chart
 from soteacher.report.series_figures import (
     ACCURACY,
@@ -222,6 +223,20 @@ def test_chart_has_every_arm_value_and_seed() -> None:
     assert students is not None
     for word in (">standard-kd<", ">soteacher-kd<", ">alone<"):
         assert word in students.svg
+
+
+def test_curves_of_many_arms_are_told_apart() -> None:
+    arms = [f"t{number}" for number in range(14)]
+    rows = [_row("teacher", arm, 0, 0.5) for arm in arms]
+    rows += [_row("student", f"{arm}-{student}", 0, 0.5, teacher=arm) for arm in arms for student in ("kd", "dkd")]
+    rows += [_row("student", "alone", 0, 0.5)]
+    results = {"points": [{"rows": rows}]}
+    teachers = series_charts._styles(results, "teacher", arms)
+    students = series_charts._styles(results, "student", [row["arm"] for row in rows if row["role"] == "student"])
+    assert len(set(teachers.values())) == 14
+    assert len(set(students.values())) == 29
+    assert students["t3-kd"] == teachers["t3"]
+    assert students["t3-dkd"][:2] == teachers["t3"][:2]
 
 
 class _Text(HTMLParser):
