@@ -36,6 +36,7 @@ from soteacher.models.zoo import build_network
 from soteacher.objective import Method, ObjectiveConfig
 from soteacher.objectives import METHODS, OBJECTIVES
 from soteacher.recipes import recipe_names, recipe_text
+from soteacher.series.config import Axis, SeriesConfig
 from soteacher.settings import Settings
 from soteacher.train.config import (
     AdamWConfig,
@@ -72,6 +73,8 @@ SETTINGS: tuple[tuple[str, str, type[Settings]], ...] = (
     ("teachers.NAME: a file", "", FileTeacher),
     ("students.NAME", "Names are lower-case, with digits, `_` and `.`.", Student),
     ("terms.OBJECTIVE", "The settings that each objective adds follow.", ObjectiveConfig),
+    ("A series", "The top of the tree of a [series of studies](../guide/series.md).", SeriesConfig),
+    ("vary.AXIS", "", Axis),
     *((f"terms.{name}", "", config) for name, config in OBJECTIVES.items()),
 )
 """Headline, remark and class of every table of the settings' page, in its order."""
