@@ -370,3 +370,41 @@ def test_a_card_is_refused_where_a_file_is_or_no_logits_come(
         soteacher.card(tiny_network(4, 1), data, tmp_path / "card")
     assert (tmp_path / "file").read_text() == "mine"
     assert not (tmp_path / "card").exists()
+
+
+def test_what_is_asked_for_goes_over_what_a_method_sets(tmp_path: Path, data: dict[str, Any], tiny_network) -> None:
+    options: dict[str, Any] = {"settings": ["training.epochs=2", "logging=[]", "card=null"], "training": TRAINING}
+    results = soteacher.teach(tiny_network, data, tmp_path / "mcmi", method="mcmi", **options)
+    assert {row["arm"]: row["epochs"] for row in results["rows"]} == {"standard": 2, "mcmi": 2}  # not the method's 20
+    average = ["training.averaging.decay=0.5", "training.averaging.start=1", "logging=[]", "card=null"]
+    soteacher.teach(tiny_network, data, tmp_path / "ema", method="ema", training=TRAINING, settings=average)
+    facts = json.loads((tmp_path / "ema/teachers/ema/seed0/model.json").read_text())
+    assert facts["training"]["averaging"] == {"name": "ema", "decay": 0.5, "start": 1.0}
+
+
+def test_teach_goes_on_from_a_network_or_learns_from_it(tmp_path: Path, data: dict[str, Any], tiny_network) -> None:
+    options: dict[str, Any] = {"settings": ["logging=[]", "card=null"], "training": TRAINING}
+    soteacher.teach(tiny_network, data, tmp_path / "first", method="standard", **options)
+    tuned = soteacher.teach(tiny_network, data, tmp_path / "tuned", method="mcmi", start=tmp_path / "first", **options)
+    assert [(row["arm"], row["method"]) for row in tuned["rows"]] == [("start_network", "file"), ("mcmi", "mcmi")]
+    # The run's folder means the network that it was made for.
+    of_run, of_arm = (
+        soteacher.load(tmp_path / "tuned" / place, model=tiny_network) for place in ("", "teachers/mcmi/seed0")
+    )
+    assert all(torch.equal(one, other) for one, other in zip(of_run.parameters(), of_arm.parameters(), strict=True))
+    with pytest.raises(InputError, match="mcmi goes on from a trained network and learns from none: give start"):
+        soteacher.teach(tiny_network, data, tmp_path / "x", method="mcmi", teacher=tmp_path / "first", **options)
+    with pytest.raises(InputError, match=r"assistant learns from a trained network: give teacher"):
+        soteacher.teach(tiny_network, data, tmp_path / "x", method="assistant", **options)
+    with pytest.raises(InputError, match=r"sftn needs the student's network: set terms.sftn.student"):
+        soteacher.teach("resnet8", data, tmp_path / "x", method="sftn", **options)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_card_is_about_the_images_that_a_network_was_trained_on(tmp_path: Path, data: dict[str, Any]) -> None:
+    settings = ["training.held_out=0.25", "logging=[]", "card.views=2"]
+    soteacher.teach("resnet8", data, tmp_path / "run", method="standard", training=TRAINING, settings=settings)
+    of_study = json.loads((tmp_path / "run/teachers/standard/seed0/card.json").read_text())
+    card = soteacher.card(tmp_path / "run", data, tmp_path / "card", look={"views": 2})
+    assert card["data"]["train_examples"] == of_study["data"]["train_examples"] == 30
+    assert card["figures"] == of_study["figures"]

@@ -493,3 +493,9 @@ def test_a_killed_run_in_one_process_resumes_bit_for_bit(tmp_path: Path, unbroke
 
     studies.run_study(read_study(study), run, resume=True, device="cpu")
     assert outcome_of(run) == outcome_of(whole)
+
+
+def test_a_student_is_named_for_sftn_alone(soteacher, tmp_path: Path, tiny_data: Path) -> None:
+    words = ["teach", "--model", "resnet8", "--data", tiny_data, "--method", "standard", "--student", "resnet8"]
+    answer = soteacher(*words, "--out", tmp_path / "x")
+    assert _is_refusal(answer, "--student names the network that sftn's branches are of, and standard has no such term")

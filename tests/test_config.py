@@ -181,7 +181,7 @@ def test_to_yaml_reads_back_equal(tmp_path: Path) -> None:
         (
             "teachers.early.from",
             "old",
-            "teachers.early.from: unknown trained teacher 'old'; known: soteacher, standard",
+            "teachers.early.from: old is a file, wanted a teacher trained in this study",
         ),
         ("teachers.early.after", 11, "teachers.early.after: 11 is past the end of 10 epochs"),
         ("teachers.early.after", 2.5, "teachers.early.after: 2.5 is neither a share of the run below 1 nor a whole"),

@@ -78,7 +78,7 @@ def test_an_epoch_that_was_not_kept_is_named(tmp_path: Path, train, tiny_study) 
         train(tree, tmp_path / "run", resume=True)
     assert str(caught.value) == (
         "teacher early/seed0: the weights of teacher standard/seed0 after 1 epochs were not kept; kept: none; "
-        "set save_every in its training and train it anew"
+        "train it anew in another folder, together with what needs them, or take one that was kept"
     )
 
 

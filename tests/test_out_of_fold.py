@@ -35,7 +35,7 @@ def predict(tmp_path: Path, source: NpzConfig, data: DataSet, tiny_network: type
     def run(folder: Path = tmp_path, *, of: DataSet = data, **options: Any) -> torch.Tensor:
         names = ("on_event", "should_stop")
         more = {name: options.pop(name) for name in names if name in options}
-        settings = {"model": "tiny", "folds": 3, "epochs": 1, "training": {"batch_size": 16}} | options
+        settings = {"model": "tiny", "folds": 3, "repeats": 1, "epochs": 1, "training": {"batch_size": 16}} | options
         return out_of_fold_predictions(
             FoldConfig(**settings), source, of, folder, device="cpu", factories={"tiny": tiny_network}, **more
         )

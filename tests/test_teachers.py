@@ -12,12 +12,23 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import soteacher
+from soteacher.assembly import assemble
 from soteacher.data import held_out_rows, load_data
 from soteacher.errors import InputError, InterruptedRunError
 from soteacher.files import read_json
-from soteacher.jobs import Job, Study, evaluation_batches, jobs_of, load_finished, start_of, teacher_of
+from soteacher.jobs import (
+    Job,
+    Study,
+    evaluation_batches,
+    jobs_of,
+    load_finished,
+    new_classifier,
+    rows_of,
+    start_of,
+    teacher_of,
+)
 from soteacher.models.weights import weights_checksum
-from soteacher.networks import rows_of, train_network
+from soteacher.networks import train_network
 from soteacher.recipes import read_study
 from soteacher.studies import run_study
 from soteacher.train.evaluate import evaluate, predict
@@ -309,7 +320,7 @@ def test_cards_compare_with_predictions_of_networks_that_have_not_seen_the_image
     tmp_path: Path, train, teachers
 ) -> None:
     run, told = tmp_path / "run", list[str]()
-    folds = {"model": "tiny", "folds": 2, "epochs": 1}
+    folds = {"model": "tiny", "folds": 2, "epochs": 1, "repeats": 1}
     tree = teachers(plain={}) | {"card": LOOK, "folds": folds}
     train(tree, run, on_event=lambda job, event: told.append(job.name) if event["event"] == "finished" else None)
     assert told == ["teacher without_fold_1/seed0", "teacher without_fold_2/seed0", "teacher plain/seed0"]
@@ -332,6 +343,94 @@ def test_folds_that_leave_a_class_out_stop_a_study_before_its_first_network(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_finished_teacher_gets_its_card_when_the_study_comes_to_ask_for_one(tmp_path: Path, train, teachers) -> None:
+    run = tmp_path / "run"
+    train(teachers(plain={}), run)
+    assert not (run / "teachers/plain/seed0/card.json").exists()
+    train(teachers(plain={}) | {"card": LOOK}, run, resume=True)
+    assert (run / "teachers/plain/seed0/card.html").exists()
+
+
+def test_folds_without_cards_are_refused(teachers) -> None:
+    with pytest.raises(InputError, match=r"folds are for the teachers' cards, and card is null; leave one out"):
+        read_study(teachers(plain={}) | {"folds": {"model": "tiny"}})
+
+
+def test_a_fold_that_cannot_be_trained_is_found_before_anything_is(tmp_path: Path, train, teachers) -> None:
+    tree = teachers(plain={}) | {"card": LOOK, "folds": {"model": "vgg8", "folds": 2, "training": {"batch_size": 19}}}
+    with pytest.raises(InputError, match=r"batch of one example"):
+        train(tree, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_finished_teacher_teaches_last_also_in_a_run_that_is_stopped_early(
+    tmp_path: Path, train, tiny_study
+) -> None:
+    tree = tiny_study(training=TRAINING, baseline=None)
+    tree["teachers"] = {"standard": {"model": "tiny"}, "half": {"from": "standard", "after": 0.5}}
+    tree["students"] = {
+        "route": {"model": "tiny", "teachers": ["standard"], "training": {"route": [0.5], "stop_after": 2}},
+        "kd": {"model": "tiny", "teachers": ["half"], "training": {"stop_after": 2}},
+    }
+    run = tmp_path / "run"
+    train(tree, run)
+    route, early = (lines(run / "students" / arm / "seed0") for arm in ("standard-route", "half-kd"))
+    assert route[0]["losses"] == early[0]["losses"]
+    assert route[1]["losses"]["kd"] != early[1]["losses"]["kd"]
+
+
+def test_a_preparation_is_taught_by_the_finished_teacher(tmp_path: Path, train, tiny_study) -> None:
+    tree = tiny_study(training=TRAINING | {"preparation_epochs": 2}, baseline=None)
+    tree["teachers"] = {"standard": {"model": "tiny"}}
+    terms = {"kd": {"stage": "preparation"}, "nkd": {}}
+    tree["students"] = {
+        "route": {"model": "tiny", "terms": terms, "training": {"route": [0.5]}},
+        "plain": {"model": "tiny", "terms": terms},
+    }
+    run = tmp_path / "run"
+    train(tree, run)
+    first, second = (
+        [
+            json.loads(line)["losses"]
+            for line in (run / f"students/{arm}/seed0/preparation.jsonl").read_text().splitlines()
+        ]
+        for arm in ("standard-route", "standard-plain")
+    )
+    assert first == second
+
+
+def test_an_earlier_state_asked_for_too_late_is_told_at_once(tmp_path: Path, train, teachers) -> None:
+    def stop(_: Any, event: dict[str, Any]) -> None:
+        if event["event"] == "epoch" and event["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(teachers(plain={"training": {"held_out": 0.25}}), run, on_event=stop)
+    for saved in ({"after": 1}, {"best": "nll"}):
+        tree = teachers(plain={"training": {"held_out": 0.25}}, early={"from": "plain", **saved})
+        with pytest.raises(InputError, match=r"early/seed0: the weights of teacher plain/seed0 .* were not kept"):
+            train(tree, run, resume=True)
+    late = teachers(plain={"training": {"held_out": 0.25}}, early={"from": "plain", "after": 3})
+    train(late, run, resume=True)
+    assert (run / "teachers/early/seed0/model.json").exists()
+
+
+def test_contrast_is_drawn_from_what_the_student_is_trained_on(tmp_path: Path, tiny_study, tiny_network) -> None:
+    tree = tiny_study(
+        baseline=None, students={"crd": {"model": "tiny", "method": "crd", "training": {"held_out": 0.25}}}
+    )
+    tree["teachers"] = {"standard": {"model": "tiny"}}
+    study = study_of(tree, tmp_path / "run", {"tiny": tiny_network})
+    teacher = new_classifier(study, "tiny", pretrained=False)[0]
+    spec = study.config.students["crd"]
+    made = assemble(study, spec, role="student", seed=0, teacher=teacher, teacher_name="teacher")
+    kept = rows_of(study, Job("student", "standard-crd", 0))[0]
+    others: Any = made.terms["crd"].objective.others
+    drawn = others.draw(torch.tensor([0, 1, 2]), 2000, torch.Generator().manual_seed(0))
+    assert set(drawn.flatten().tolist()) == set(kept.tolist())
+
+
 def test_combined_terms_and_settings_all_count(tmp_path: Path, train, teachers) -> None:
     run = tmp_path / "run"
     terms = {"mse": {"weight": 0.5}, "joint_lipschitz": {"weight": 1e-3}}
@@ -351,6 +450,9 @@ def test_combined_terms_and_settings_all_count(tmp_path: Path, train, teachers) 
         ({"a": {"start": "a"}}, "teachers.a: it needs itself to be finished before, by way of a"),
         ({"a": {"start": "b"}, "b": {"start": "a"}}, "teachers.a: it needs itself to be finished before, by way of a"),
         ({"a": {"start": "b"}, "b": {"model": "wrn_10_1"}}, "teachers.a.start: b is a wrn_10_1, and a tiny was to go"),
+        ({"c": {"start": "a"}, "a": {"from": "a", "after": 1}}, "teachers.c: it needs itself to be finished before"),
+        ({"a": {}, "b": {"from": "a", "after": 1}, "c": {"from": "b", "after": 1}}, "teachers.c.from: b is an earlier"),
+        ({"a": {"training": {"route": [2, 1]}}}, "teachers.a.training: route must rise, got [2.0, 1.0]"),
         ({"a": {"start": "b", "method": "assistant", "teacher": "b"}, "b": {}}, "teachers.a: start and teacher cannot"),
         ({"a": {"method": "assistant"}}, "teachers.a: kd reads a teacher; name the one that it learns from"),
         (

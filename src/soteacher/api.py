@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from soteacher.config import DataChoice, FileTeacher, Student, StudyConfig, TrainedTeacher
-from soteacher.data import SOURCES, DataSet, load_data
+from soteacher.data import SOURCES, DataSet, SourceConfig, load_data
 from soteacher.deployment import Format, export_classifier
-from soteacher.diagnostics.card import make_card
+from soteacher.diagnostics.card import in_the_whole_split, make_card
 from soteacher.diagnostics.card_config import CardConfig, FoldConfig
 from soteacher.errors import InputError
-from soteacher.jobs import NetworkFactory, OnEvent, Study, evaluation_batches, find_network, load_teacher_file
+from soteacher.jobs import (
+    NetworkFactory,
+    OnEvent,
+    Study,
+    evaluation_batches,
+    find_network,
+    load_teacher_file,
+    split_rows,
+)
 from soteacher.models.classifier import Classifier, NetworkSpec, classifier_of
 from soteacher.models.weights import FACTS_FILE, load_classifier, load_weights, read_facts, read_weights
+from soteacher.objective import Method
 from soteacher.objectives import method as method_named
 from soteacher.objectives import objective_config
 from soteacher.out_of_fold import OnFold, out_of_fold_predictions
@@ -34,6 +43,8 @@ Model = str | nn.Module | Callable[[int, int], nn.Module]
 """A network: by name, as a module (copied for each seed), or made by ``(num_classes, in_channels) -> module``."""
 TRAINED: tuple[Literal["teacher", "student"], ...] = ("student", "teacher")
 """The networks of a run that one loads, evaluates or exports: its student, or the teacher where there is none."""
+MEASURED_ONLY = ("augment", "label_sources", "mean", "std", "test_examples")
+"""Settings of data that do not decide which training images there are."""
 Data = str | Mapping[str, Any]
 """A data set: by its source's name, by the path of a folder or an ``.npz`` file, or with settings, such as
 ``{"source": "folder", "path": "flowers"}``."""
@@ -106,6 +117,7 @@ def teach(
     seeds: Iterable[int] = (0,),
     terms: Mapping[str, Any] | None = None,
     training: Mapping[str, Any] | None = None,
+    settings: Sequence[str] = (),
     **options: Any,
 ) -> dict[str, Any]:
     """Train one teacher: a study of its own, in ``out/teachers/METHOD/seed0``.
@@ -123,27 +135,48 @@ def teach(
         seeds: one teacher for each.
         terms: settings of the method's terms, such as ``{"sftn": {"student": "resnet8"}}``.
         training: settings of :class:`~soteacher.train.config.TrainingConfig`.
+        settings: ``path.to.field=value``, laid over the study; those of ``training`` also over the method's.
         options: as in :func:`run`.
 
     Returns:
         What ``results.json`` holds.
     """
     name, networks = _named(model, "teacher_network")
-    found, settings = method_named(method), dict(training or {})
-    own: dict[str, Any] = {"model": name, "method": method, "terms": dict(terms or {})}
-    # What the method itself sets goes over the study's settings, so what is asked for here goes over the method's.
-    own["training"] = {key: value for key, value in settings.items() if key in found.training}
+    found = method_named(method)
+    if found.fine_tunes and teacher is not None:
+        raise InputError(f"{method} goes on from a trained network and learns from none: give start instead of teacher")
+    if teacher is None and any(objective_config(term).needs_teacher for term in found.terms):
+        raise InputError(f"{method} learns from a trained network: give teacher (--teacher)")
+    shared, own = _shared_and_own(found, training or {}, settings)
+    arm: dict[str, Any] = {"model": name, "method": method, "terms": dict(terms or {}), "training": own}
     teachers: dict[str, Any] = {}
-    for role, path in (("start", start), ("teacher", teacher)):
-        if path is not None:
-            teachers[f"{role}_network"], own[role] = {"file": str(path)}, f"{role}_network"
-    if found.fine_tunes and start is None:
-        teachers["standard"], own["start"] = {"model": name, "method": "standard"}, "standard"
+    if start is not None:
+        teachers["start_network"], arm["start"] = {"file": str(start), "model": name}, "start_network"
+    elif found.fine_tunes:
+        teachers["standard"], arm["start"] = {"model": name, "method": "standard"}, "standard"
+    if teacher is not None:
+        teachers["teacher_network"], arm["teacher"] = {"file": str(teacher)}, "teacher_network"
+    given = start or teacher
     tree = {
-        "name": "teach", "data": _data_tree(data), "seeds": list(seeds), "training": settings,
-        "teachers": {**teachers, _arm(found.name): own},
+        "name": "teach", "data": _data_tree(data) if given is None else _data_for(find_network(Path(given)), data),
+        "seeds": list(seeds), "training": shared, "teachers": {**teachers, _arm(found.name): arm},
     }  # fmt: skip
-    return run(tree, out, networks=networks, **options)
+    others = [setting for setting in settings if not setting.startswith("training.")]
+    return run(tree, out, networks=networks, settings=others, **options)
+
+
+def _shared_and_own(
+    method: Method, training: Mapping[str, Any], settings: Iterable[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return how all networks are trained, and what of it must stand at the teacher's own ``training`` instead.
+
+    What a method sets goes over a study's settings, so that what is asked for over the method must stand at its own.
+    """
+    asked = apply_settings({"training": dict(training)}, [one for one in settings if one.startswith("training.")])
+    own = {key: value for key, value in asked["training"].items() if key in method.training}
+    # A standard teacher that is trained first is trained as long; tables are the method's alone, which names them.
+    shared = {key: value for key, value in asked["training"].items() if not isinstance(own.get(key), Mapping)}
+    return shared, own
 
 
 def distill(
@@ -294,9 +327,22 @@ def card(
                 choice.folds, choice.data, images, folder, device=device, factories=factories, on_event=on_fold,
                 should_stop=should_stop,
             )  # fmt: skip
-    made = make_card(classifier, spec, images, choice.data.augment, choice.card, device=device, out_of_fold=proxy)
+    rows = _rows_trained_on(weights, choice.data, images)
+    made = make_card(
+        classifier, spec, replace(images, train=images.train.subset(rows)), choice.data.augment, choice.card,
+        device=device, out_of_fold=None if proxy is None else proxy[rows],
+    )  # fmt: skip
+    made = in_the_whole_split(made, rows)
     write_card(folder, made)
     return made
+
+
+def _rows_trained_on(weights: Path | None, source: SourceConfig, images: DataSet) -> Tensor:
+    """Return the training images that a network was trained on: all, unless it is known to have held some out."""
+    facts = {} if weights is None or not (weights.parent / FACTS_FILE).exists() else read_facts(weights)[1]
+    shares, used = facts.get("training") or {}, source.model_dump(mode="json")
+    same = all(used[key] == facts.get("data", {}).get(key) for key in used if key not in MEASURED_ONLY)
+    return split_rows(images, shares.get("held_out", 0.0) if same else 0.0, facts.get("seed", 0))[0]
 
 
 def _card_tree(

@@ -10,7 +10,7 @@ import torch
 
 from soteacher.config import Student, TrainedTeacher, terms_of
 from soteacher.errors import InputError
-from soteacher.jobs import Study, new_classifier
+from soteacher.jobs import Study, new_classifier, split_rows
 from soteacher.models.classifier import Classifier, NetworkSpec
 from soteacher.models.inspection import inspect_network
 from soteacher.models.parts import Parts
@@ -102,6 +102,7 @@ def assemble(
     data = study.data
     task = Task(
         num_examples=data.train.num_examples, num_classes=data.num_classes, labels=data.train.labels,
+        rows=split_rows(data, study.config.training_of(spec).held_out, seed)[0],
         build_network=lambda model: _beside(study, model), **facts,
     )  # fmt: skip
     torch.manual_seed(derive_seed(seed, role, "objectives"))

@@ -135,7 +135,13 @@ def teach(
     data: Data,
     out: Out,
     method: Annotated[str, typer.Option("--method", help="Teacher method.")] = "soteacher",
-    start: Annotated[Path | None, typer.Option("--start", help="Trained network to go on from.")] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--start",
+            help="Trained network to go on from; mcmi trains a standard teacher first without it.",
+        ),
+    ] = None,
     teacher: Annotated[Path | None, typer.Option("--teacher", help="Trained network to learn from.")] = None,
     student: Annotated[str | None, typer.Option("--student", help="Student's network, for sftn.")] = None,
     epochs: Epochs = None,
@@ -148,6 +154,10 @@ def teach(
 ) -> None:
     """Train a teacher for its students."""
     from soteacher import api
+    from soteacher.objectives import method as method_named
+
+    if student is not None and "sftn" not in method_named(method).terms:
+        raise InputError(f"--student names the network that sftn's branches are of, and {method} has no such term")
 
     _study(
         out,
@@ -220,7 +230,7 @@ def card(
     ] = None,
     fold_model: Annotated[str | None, typer.Option("--fold-model", help="Their network; default: the same.")] = None,
     fold_epochs: Annotated[int | None, typer.Option("--fold-epochs", help="Their passes; default: 30.")] = None,
-    fold_repeats: Annotated[int | None, typer.Option("--fold-repeats", help="Networks a fold; default: 1.")] = None,
+    fold_repeats: Annotated[int | None, typer.Option("--fold-repeats", help="Networks a fold; default: 3.")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="PATH=VALUE", help="Change one setting, e.g. data.label_sources=[cifar10h]."),

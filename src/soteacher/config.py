@@ -20,7 +20,7 @@ from soteacher.settings import Settings, merge, parse
 from soteacher.train.config import Criterion, Point, TrainingConfig, epochs_at
 from soteacher.train.logs import LoggerName
 
-FREE = ("description", "baseline", "logging", "card", "folds")
+FREE = ("description", "baseline", "logging", "card")
 """Settings that change no number of a network: a run may go on with others."""
 ArmName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.]*$")]
 TermSettings = dict[str, dict[str, Any] | None]
@@ -163,10 +163,14 @@ class StudyConfig(Settings):
     def _consistent(self) -> StudyConfig:
         if not self.teachers and not self.students:
             raise InputError("a study needs at least one teacher or student, got none")
+        for name in self.teachers:
+            self._check_order(name)
         for name, teacher in self.teachers.items():
             self._check_teacher(name, teacher)
         for name, student in self.students.items():
             self._check_student(name, student)
+        if self.folds is not None and self.card is None:
+            raise InputError("folds are for the teachers' cards, and card is null; leave one out")
         arms = {arm.name for arm in self.arms()}
         for baseline in (self.baseline, *(student.baseline for student in self.students.values())):
             if baseline is not None and baseline not in arms:
@@ -179,10 +183,13 @@ class StudyConfig(Settings):
             self._check_trained(place, teacher)
         elif isinstance(teacher, SavedTeacher):
             self._check_saved(place, teacher)
+
+    def _check_order(self, name: str) -> None:
+        """Refuse teachers that wait for one another."""
         before, seen = self.needed_by(name), {name}
         while before is not None:
             if before in seen:
-                raise InputError(f"{place}: it needs itself to be finished before, by way of {before}")
+                raise InputError(f"teachers.{name}: it needs itself to be finished before, by way of {before}")
             seen.add(before)
             before = self.needed_by(before)
 
@@ -218,6 +225,9 @@ class StudyConfig(Settings):
         source = self.teachers.get(teacher.teacher)
         if not isinstance(source, TrainedTeacher):
             trained = [key for key, value in self.teachers.items() if isinstance(value, TrainedTeacher)]
+            if source is not None:
+                kind = "a file" if isinstance(source, FileTeacher) else "an earlier state itself"
+                raise InputError(f"{place}.from: {teacher.teacher} is {kind}, wanted a teacher trained in this study")
             raise InputError(f"{place}.from: {unknown_name('trained teacher', teacher.teacher, trained)}")
         training = self.training_of(source, f"teachers.{teacher.teacher}")
         if teacher.best is not None and not training.held_out:
@@ -241,9 +251,10 @@ class StudyConfig(Settings):
             source = self.teachers[name]
             if not isinstance(source, TrainedTeacher):
                 raise InputError(f"{place}.training.route: the teacher {name} is not trained in this study")
+            epochs = self.training_of(source, f"teachers.{name}").epochs_run()
             for point in training.route:
                 try:
-                    epochs_at(point, self.training_of(source).epochs_run())
+                    epochs_at(point, epochs)
                 except InputError as error:
                     raise InputError(f"{place}.training.route: {error}") from None
 
@@ -333,7 +344,7 @@ def terms_of(spec: TrainedTeacher | Student, place: str = "") -> dict[str, Objec
 
 def _check_mixtures(place: str, terms: Mapping[str, ObjectiveConfig], training: TrainingConfig) -> None:
     """Refuse blended images for terms that would take them for what their label says."""
-    refusing = [name for name, config in terms.items() if not config.takes_mixtures]
+    refusing = [name for name, config in terms.items() if config.stage == "training" and not config.takes_mixtures]
     if training.mixing is not None and refusing:
         raise InputError(
             f"{place}: {refusing[0]} is about single images, and training.mixing {training.mixing.name} blends them; "
@@ -392,6 +403,8 @@ def differences(old: StudyConfig, new: StudyConfig) -> list[str]:
             del tree[key]
     lines: list[str] = []
     for key in [*before, *(key for key in after if key not in before)]:
+        if key.split(".")[0] == "folds" and old.folds is None:
+            continue  # networks for the cards of teachers to come
         if key == "seeds" and set(before[key]) <= set(after[key]):
             continue
         if any(other.startswith(f"{key}.") for other in (before if key in after else after)):

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher
-from soteacher.data import DataSet, EvaluationLoader, ImageSplit
+from soteacher.data import DataSet, EvaluationLoader, ImageSplit, held_out_rows
 from soteacher.errors import InputError
 from soteacher.models.classifier import Classifier, NetworkSpec, build_classifier, classifier_of, network_spec
 from soteacher.models.weights import FACTS_FILE, WEIGHTS_FILE, load_weights, read_facts, read_weights
-from soteacher.run_folder import network_folder
+from soteacher.randomness import derive_seed
+from soteacher.run_folder import CONFIG, network_folder, read_config
 from soteacher.settings import parse
 
 EVALUATION_BATCH = 128
@@ -105,6 +106,22 @@ def spec_of(config: StudyConfig, job: Job) -> TrainedTeacher | SavedTeacher | Fi
     return config.students[next(arm.student for arm in config.arms() if arm.name == job.arm)]
 
 
+def rows_of(study: Study, job: Job) -> tuple[Tensor, Tensor | None]:
+    """Return the training examples that a network is trained on, and those that it holds out, if any."""
+    spec = spec_of(study.config, job)
+    if isinstance(spec, SavedTeacher):
+        return rows_of(study, Job("teacher", spec.teacher, job.seed))
+    share = 0.0 if isinstance(spec, FileTeacher) else study.config.training_of(spec).held_out
+    return split_rows(study.data, share, job.seed)
+
+
+def split_rows(data: DataSet, held_out: float, seed: int) -> tuple[Tensor, Tensor | None]:
+    """Return the training examples that networks of a seed are trained on, and those that they hold out, if any."""
+    if not held_out:
+        return torch.arange(data.train.num_examples), None
+    return held_out_rows(data.train.labels, held_out, derive_seed(seed, "held out"))
+
+
 def evaluation_batches(split: ImageSplit, device: torch.device | str) -> EvaluationLoader:
     """Return a split's batches for evaluation; as many processes as there are threads decode images in files."""
     return EvaluationLoader(split, batch_size=EVALUATION_BATCH, device=device, workers=torch.get_num_threads())
@@ -181,7 +198,7 @@ def find_network(path: Path, roles: Sequence[Literal["teacher", "student"]] = ("
     if (path / WEIGHTS_FILE).exists():
         return path / WEIGHTS_FILE
     for role in roles:
-        found = sorted(path.glob(f"{role}s/*/*/model.safetensors"))
+        found = _made_for_nobody_else(path, role, sorted(path.glob(f"{role}s/*/*/model.safetensors")))
         if len(found) == 1:
             return found[0]
         if found:
@@ -189,6 +206,15 @@ def find_network(path: Path, roles: Sequence[Literal["teacher", "student"]] = ("
             more = " ..." if len(found) > 4 else ""
             raise InputError(f"{path} holds {len(found)} {role}s; name one: {names}{more}")
     raise InputError(f"no network at {path}: wanted a run folder, a model.safetensors or a checkpoint")
+
+
+def _made_for_nobody_else(run: Path, role: str, found: list[Path]) -> list[Path]:
+    """Leave out teachers that another one of the run goes on from or learns from: they were made for that one."""
+    if role != "teacher" or len(found) < 2 or not (run / CONFIG).exists():
+        return found
+    teachers = read_config(run).teachers.values()
+    needed = {name for one in teachers if isinstance(one, TrainedTeacher) for name in (one.start, one.teacher)}
+    return [path for path in found if path.parent.parent.name not in needed] or found
 
 
 def _classifier(study: Study, network: NetworkSpec, *, pretrained: bool = False) -> Classifier:

@@ -11,6 +11,7 @@ from soteacher.config import SavedTeacher, Student, StudyConfig, TrainedTeacher
 from soteacher.errors import InputError
 from soteacher.jobs import Job, Study, jobs_of, spec_of, teacher_of
 from soteacher.models.weights import WEIGHTS_FILE
+from soteacher.train.checkpoint import Checkpoint
 from soteacher.train.config import Criterion, TrainingConfig, epochs_at
 
 
@@ -18,7 +19,7 @@ def epochs_to_keep(config: StudyConfig, job: Job) -> set[int]:
     """Return the numbers of finished epochs whose weights are kept beside the finished network."""
     training = _training_of(config, job)
     every, epochs = training.save_every, training.epochs_run()
-    wanted = set(range(every, epochs, every)) if every else set[int]()
+    wanted = set(range(every, epochs + 1, every)) if every else set[int]()
     wanted |= {epochs_at(point, epochs) for point in _points_wanted(config, job)}
     return wanted if training.finishes else wanted - {epochs}
 
@@ -94,17 +95,26 @@ def check_saved(study: Study) -> None:
     """Make sure that the earlier states that teachers are made of, or that teach, were or will be kept.
 
     Raises:
-        InputError: a teacher is finished, and its weights of that time were not kept.
+        InputError: a teacher has gone on beyond a state that is wanted, and its weights of then were not kept.
     """
     for job in jobs_of(study.config):
         for source, epochs, path in () if study.finished(job) else _earlier_states(study, job):
-            if study.finished(source) and not path.exists():
+            if not path.exists() and _epochs_done(study, source) >= epochs:
                 others = study.folder_of(source).glob("epochs/after-*.safetensors")
                 kept = sorted(int(other.stem.removeprefix("after-")) for other in others)
                 raise InputError(
-                    f"{job.name}: the weights of {source.name} after {epochs} epochs were not kept; kept: "
-                    f"{kept or 'none'}; set save_every in its training and train it anew"
+                    f"{job.name}: the weights of {source.name} {path.stem.replace('-', ' ')}"
+                    f"{' epochs' if path.stem.startswith('after') else ''} were not kept; kept: {kept or 'none'}; "
+                    f"train it anew in another folder, together with what needs them, or take one that was kept"
                 )
+
+
+def _epochs_done(study: Study, job: Job) -> int:
+    """Return how many epochs of a network lie behind it, finished or not."""
+    folder = study.folder_of(job)
+    if study.finished(job):
+        return len(history_of(folder))
+    return len(Checkpoint(folder / "resume", fingerprint="").history())
 
 
 def _earlier_states(study: Study, job: Job) -> Iterator[tuple[Job, int, Path]]:
@@ -112,8 +122,10 @@ def _earlier_states(study: Study, job: Job) -> Iterator[tuple[Job, int, Path]]:
     spec = spec_of(study.config, job)
     if isinstance(spec, SavedTeacher):
         source = Job("teacher", spec.teacher, job.seed)
-        if spec.after is not None or study.finished(source):
-            yield source, *saved_state(study, source, spec)
+        if spec.best is not None:
+            yield source, 1, best_weights(study.folder_of(source), spec.best)  # kept from the first epoch on
+        elif spec.after is not None:
+            yield source, *weights_after(study, source, spec.after)
     elif isinstance(spec, (TrainedTeacher, Student)) and (teacher := teacher_of(study.config, job)) is not None:
         for point in study.config.training_of(spec).route:
             yield teacher, *weights_after(study, teacher, point)

@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from soteacher import metrics
 from soteacher.assembly import Assembled, assemble
 from soteacher.config import FileTeacher, SavedTeacher, Student, TrainedTeacher
-from soteacher.data import EvaluationLoader, TrainLoader, held_out_rows
+from soteacher.data import EvaluationLoader, TrainLoader
 from soteacher.diagnostics.calibration import brier_score, fit_temperature
-from soteacher.diagnostics.card import make_card
-from soteacher.diagnostics.card_config import CardConfig
+from soteacher.diagnostics.card import in_the_whole_split, make_card
 from soteacher.environment import PeakMemory, environment
 from soteacher.files import read_json, write_tensors, write_text
 from soteacher.jobs import (
@@ -33,6 +32,7 @@ from soteacher.jobs import (
     load_finished,
     load_teacher_file,
     restored,
+    rows_of,
     spec_of,
     start_of,
     teacher_of,
@@ -54,7 +54,7 @@ from soteacher.models.temperature import divide_logits
 from soteacher.models.weights import load_weights, read_weights, save_classifier, weights_checksum
 from soteacher.objective import Stage
 from soteacher.randomness import derive_seed
-from soteacher.report.card_page import write_card
+from soteacher.report.card_page import CARD_FILE, write_card
 from soteacher.run_folder import OUT_OF_FOLD, PREDICTIONS
 from soteacher.train.averaging import WeightAverage
 from soteacher.train.checkpoint import Checkpoint
@@ -105,8 +105,8 @@ def _train(
     checkpoint = Checkpoint(resume, fingerprint)
     memory = PeakMemory(study.device)
     before = _prepare(
-        study, job, made, teachers, training, preparation, on_event=on_event, should_stop=should_stop
-    )  # fmt: skip
+        study, job, made, teachers[-1:], training, preparation, on_event=on_event, should_stop=should_stop
+    )
     made.start_training()
     trainee = make_trainee(study, job, made, teachers, training, "training")
     batches = _batches(study, job, made, training, "training")
@@ -120,6 +120,7 @@ def _train(
         "terms": {name: config.model_dump(mode="json") for name, config in made.configs.items()},
         "training": training.model_dump(mode="json"),
         "fingerprint": fingerprint,
+        **({"start": start.arm} if start else {}),
         **_conclude(study, job, trainee, batches, made.classifier, history),
     }
     costs = {
@@ -180,17 +181,6 @@ def _batches(study: Study, job: Job, made: Assembled, training: TrainingConfig, 
     )  # fmt: skip
 
 
-def rows_of(study: Study, job: Job) -> tuple[Tensor, Tensor | None]:
-    """Return the training examples that a network is trained on, and those that it holds out, if any."""
-    spec = spec_of(study.config, job)
-    if isinstance(spec, SavedTeacher):
-        return rows_of(study, Job("teacher", spec.teacher, job.seed))
-    share = 0.0 if isinstance(spec, FileTeacher) else study.config.training_of(spec).held_out
-    if not share:
-        return torch.arange(study.data.train.num_examples), None
-    return held_out_rows(study.data.train.labels, share, derive_seed(job.seed, "held out"))
-
-
 def _held_out(study: Study, job: Job) -> EvaluationLoader | None:
     """Return the training images that a network is judged by; ``None`` where it is trained on all."""
     rows = rows_of(study, job)[1]
@@ -218,12 +208,12 @@ def _survey(study: Study, job: Job, made: Assembled, trainee: Trainee) -> None:
     surveying = [term.objective for term in trainee.terms if term.objective.surveys]
     if not surveying:
         return
-    rows = rows_of(study, job)[0].to(study.device)
+    rows = rows_of(study, job)[0]
     with evaluating(made.classifier):
-        for batch in evaluation_batches(study.data.train.subset(rows.cpu()), study.device):
+        for batch in evaluation_batches(study.data.train.subset(rows), study.device):
             logits, features = trainee.forward(batch.images)
             step = Step(
-                images=batch.images, labels=batch.labels, indices=rows[batch.indices],
+                images=batch.images, labels=batch.labels, indices=rows.to(study.device)[batch.indices],
                 outputs=Outputs(logits=logits, features=features), model=trainee.network, parts=trainee.parts,
                 epoch=0, num_epochs=trainee.config.epochs, progress=0.0,
             )  # fmt: skip
@@ -245,9 +235,12 @@ def _conclude(
         What was done, for the network's facts: ``averaging``, ``kept_epochs`` or ``temperature``.
     """
     training, held_out, facts = trainee.config, _held_out(study, job), dict[str, Any]()
+    rows = rows_of(study, job)[0]
     if trainee.average is not None and training.averaging is not None:
         torch.manual_seed(derive_seed(trainee.seed, "statistics"))
-        images = (batch.images for batch in batches.epoch(training.epochs_run()))
+        # Each batch counts the same in the statistics, so one of a few images at the end is left out.
+        drawn = batches.epoch(training.epochs_run())
+        images = (batch.images for batch in drawn if 2 * len(batch.images) >= min(training.batch_size, len(rows)))
         trainee.average.put_into(trainee.network, classifier, images)
         facts["averaging"] = training.averaging.name
     if training.keep_best is not None:
@@ -358,7 +351,7 @@ def _finish(
 ) -> None:
     """Evaluate a trained network once more and write it with its row of the results."""
     classifier.to(study.device)
-    splits = {"test": study.data.test, "train": study.data.train}
+    splits = {"test": study.data.test, "train": study.data.train.subset(rows_of(study, job)[0])}
     figures = {name: evaluate(classifier, evaluation_batches(split, study.device)) for name, split in splits.items()}
     row = _row(study, job, network, history, figures, method=facts["method"], parameters=_count(classifier))
     row |= costs or NO_COSTS
@@ -368,20 +361,31 @@ def _finish(
         "environment": environment(study.device, torch.get_num_threads()),
         "reliability": {split: figure.reliability for split, figure in figures.items()},
     }  # fmt: skip
-    if job.role == "teacher" and study.config.card is not None:
-        write_card(study.folder_of(job), _card(study, job, study.config.card, classifier, network))
+    if job.role == "teacher":
+        _write_card(study, job, classifier, network)
     save_classifier(study.folder_of(job), classifier, network, everything)
 
 
-def _card(study: Study, job: Job, config: CardConfig, classifier: Classifier, network: NetworkSpec) -> dict[str, Any]:
-    """Return a teacher's card; its training images are those that it was trained on."""
+def write_missing_card(study: Study, job: Job) -> None:
+    """Make the card of a finished teacher, where the study has come to ask for cards since."""
+    if job.role == "teacher" and not (study.folder_of(job) / CARD_FILE).exists():
+        classifier, network = load_finished(study, job)
+        _write_card(study, job, classifier.to(study.device), network)
+
+
+def _write_card(study: Study, job: Job, classifier: Classifier, network: NetworkSpec) -> None:
+    """Make a teacher's card, if the study wants one; its training images are those that it was trained on."""
+    if study.config.card is None:
+        return
     rows, out_of_fold = rows_of(study, job)[0], None
     if study.config.folds is not None:
         with np.load(study.folder / OUT_OF_FOLD / PREDICTIONS) as file:
             out_of_fold = torch.from_numpy(file["probabilities"])[rows]
-    data = replace(study.data, train=study.data.train.subset(rows))
-    augment = study.config.data.augment
-    return make_card(classifier, network, data, augment, config, device=study.device, out_of_fold=out_of_fold)
+    card = make_card(
+        classifier, network, replace(study.data, train=study.data.train.subset(rows)), study.config.data.augment,
+        study.config.card, device=study.device, out_of_fold=out_of_fold,
+    )  # fmt: skip
+    write_card(study.folder_of(job), in_the_whole_split(card, rows))
 
 
 def _row(
@@ -394,7 +398,11 @@ def _row(
     method: str,
     parameters: int,
 ) -> dict[str, Any]:
-    """Return the line of ``results.json`` for a network. The last epoch is the headline; the best selects nothing."""
+    """Return the line of ``results.json`` for a network.
+
+    The network that is kept is the headline: the last epoch's, unless its training asks for another one by images that
+    are held out of training. The best on the test images selects nothing.
+    """
     teacher = teacher_of(study.config, job)
     accuracies = [line["test_accuracy"] for line in history] or [figures["test"].accuracy]
     seconds = sum(line["seconds"] for line in history)
@@ -409,7 +417,7 @@ def _row(
         "seed": job.seed,
         "epochs": len(history),
         "accuracy_last": figures["test"].accuracy,
-        "accuracy_best": max(accuracies),
+        "accuracy_best": max(*accuracies, figures["test"].accuracy),
         "accuracy_mean_last_10": sum(accuracies[-10:]) / len(accuracies[-10:]),
         "train_accuracy": figures["train"].accuracy,
         "nll": figures["test"].nll,
@@ -431,8 +439,8 @@ def _take_saved(study: Study, job: Job, spec: SavedTeacher) -> None:
     classifier = restored(study, network, path)
     _write_lines(study.folder_of(job) / "metrics.jsonl", history)
     kept_facts = {key: facts[key] for key in ("method", "terms", "training")}
-    fingerprint = f"{facts['fingerprint']}-after-{epochs}"
-    _finish(study, job, classifier, network, history, {**kept_facts, "fingerprint": fingerprint})
+    own_facts = {"from": source.arm, "kept_epochs": epochs, "fingerprint": f"{facts['fingerprint']}-after-{epochs}"}
+    _finish(study, job, classifier, network, history, {**kept_facts, **own_facts})
 
 
 def _take_file(study: Study, job: Job, spec: FileTeacher) -> None:

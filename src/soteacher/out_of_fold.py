@@ -117,13 +117,8 @@ def out_of_fold_predictions(
     Source: the mean of networks' held-out predictions as a stand-in for the true label distribution is ours.
     """
     root, labels = folder / OUT_OF_FOLD, data.train.labels
+    studies = fold_studies(config, source, data, folder, device, factories or {})
     folds = folds_of(labels, config.folds, config.seed)
-    check_folds(labels, folds, data.class_names)
-    if config.model not in (factories or {}):
-        check_network(config.model)
-    studies = [
-        _study_without(fold, folds, config, source, data, root, device, factories or {}) for fold in range(config.folds)
-    ]
     with locked(root):
         _claim(root, config, source, data)
         if (root / PREDICTIONS).exists():
@@ -135,6 +130,27 @@ def out_of_fold_predictions(
         with replacing(root / PREDICTIONS) as part, part.open("wb") as file:
             np.savez(file, probabilities=predictions.float().numpy(), checksum=np.array(data.checksum))
         return predictions.float()
+
+
+def fold_studies(
+    config: FoldConfig,
+    source: SourceConfig,
+    data: DataSet,
+    folder: Path,
+    device: str,
+    factories: Mapping[str, NetworkFactory],
+) -> list[Study]:
+    """Return the study that trains each fold's networks; nothing is trained or written.
+
+    Raises:
+        InputError: impossible folds, a fold that leaves a class out, or settings that cannot be used.
+    """
+    folds = folds_of(data.train.labels, config.folds, config.seed)
+    check_folds(data.train.labels, folds, data.class_names)
+    if config.model not in factories:
+        check_network(config.model)
+    root = folder / OUT_OF_FOLD
+    return [_study_without(fold, folds, config, source, data, root, device, factories) for fold in range(config.folds)]
 
 
 def _study_without(

@@ -168,10 +168,12 @@ def rank_correlation(first: Sequence[float], second: Sequence[float], *, confide
     .. math:: \tanh\Bigl(\operatorname{artanh} r \pm \Phi^{-1}\bigl((1 + c) / 2\bigr)
               \sqrt{(1 + r^2 / 2) / (n - 3)}\Bigr)
 
-    An approximation for independent pairs: of samples of 6 to 25 normal pairs, between 94 and 99 % of its 95 %
-    intervals hold the true value. Where :math:`|r| = 1` that has no width, although four pairs in one order are
-    little evidence: then the interval's outer end is :math:`r`, and its inner end is that of
-    :math:`1 - 12 / (n (n^2 - 1))`, the next lower value that n different ranks can have.
+    An approximation for independent pairs: of simulated samples of 6 to 50 normal pairs whose correlation is at most
+    0.9, between 94 and 99 % of its 95 % intervals hold the true value. It is too narrow where the correlation is
+    stronger: of 0.99, between 83 and 93 % do. Where :math:`|r| = 1` it has no width, although four pairs in one order
+    are little evidence: then the interval's outer end is :math:`r`, and its inner end is that of
+    :math:`1 - 12 / (n (n^2 - 1))`, the next lower value that n different ranks can have. Tied values can have
+    correlations in between; they count as that one too: [1, 2, 3, 4] with [1, 2, 3, 3], 0.95, as 0.8.
 
     Args:
         first: :math:`n` finite numbers.

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 
 import soteacher
 from soteacher.assembly import assemble, examples_of, look_at
@@ -35,14 +36,16 @@ from soteacher.jobs import (
     jobs_of,
     load_teacher_file,
     new_classifier,
+    rows_of,
     spec_of,
 )
 from soteacher.kept_epochs import check_saved
 from soteacher.models.classifier import Classifier
+from soteacher.models.parts import Parts
 from soteacher.models.temperature import divide_logits
 from soteacher.models.zoo import check_network
-from soteacher.networks import rows_of, train_network
-from soteacher.out_of_fold import check_folds, folds_of, out_of_fold_predictions
+from soteacher.networks import train_network, write_missing_card
+from soteacher.out_of_fold import fold_studies, out_of_fold_predictions
 from soteacher.pool import Work, available_cores, default_workers, run_side_by_side
 from soteacher.report import write_report
 from soteacher.run_folder import LOG, STATE, claim, locked, network_folder, read_config
@@ -91,9 +94,7 @@ def run_study(
     study = Study(config, folder, load_data(config.data, data_root, progress=on_download), device, factories or {})
     _check_networks(study)
     check_saved(study)
-    if config.folds is not None:
-        train = study.data.train
-        check_folds(train.labels, folds_of(train.labels, config.folds.folds, config.folds.seed), study.data.class_names)
+    _check_out_of_fold(study)
     cores = available_cores()
     plan = default_workers(cores, _width(config), device)
     if workers is not None:
@@ -118,6 +119,7 @@ def run_study(
                 _run_here(study, waiting, threads=plan["threads"], on_event=report, should_stop=should_stop)
             elif waiting:
                 _run_beside(study, waiting, plan, lock.fileno(), data_root, on_event=report, should_stop=should_stop)
+            _make_missing_cards(study)
         return _write_results(config, folder, plan)
 
 
@@ -135,6 +137,23 @@ def _predict_out_of_fold(
             config, study.config.data, study.data, study.folder, device=study.device, factories=study.factories,
             on_event=tell, should_stop=should_stop,
         )  # fmt: skip
+
+
+def _check_out_of_fold(study: Study) -> None:
+    """Find what the networks of the folds would fail at before anything is trained."""
+    if study.config.folds is None:
+        return
+    for part in fold_studies(
+        study.config.folds, study.config.data, study.data, study.folder, study.device, study.factories
+    ):
+        _check_networks(part)
+
+
+def _make_missing_cards(study: Study) -> None:
+    """Make the cards of teachers that were finished before the study asked for any."""
+    if study.config.card is not None:
+        for job in jobs_of(study.config):
+            write_missing_card(study, job)
 
 
 @contextmanager
@@ -295,6 +314,11 @@ def _untrained(study: Study, teacher: str) -> Classifier:
         return _untrained(study, spec.teacher)
     if isinstance(spec, FileTeacher):
         return load_teacher_file(study, spec)[0]
+    start = None if spec.start is None else study.config.teachers[spec.start]
+    if isinstance(start, FileTeacher) and (model := load_teacher_file(study, start)[1].model) != spec.model:
+        raise InputError(
+            f"teachers.{teacher}.start: {spec.start} is a {model}, and a {spec.model} was to go on from it"
+        )
     other = None if spec.teacher is None else _untrained(study, spec.teacher)
     title = "" if spec.teacher is None else _title(study, spec.teacher)
     made = assemble(study, spec, role="teacher", seed=0, teacher=other, teacher_name=title)
@@ -308,6 +332,9 @@ def _check_training(study: Study, job: Job, spec: TrainedTeacher | Student, clas
     _check_last_batch(study, spec, classifier, examples=len(rows_of(study, job)[0]))
     if study.config.training_of(spec).calibrate:
         try:
+            nn.init.normal_(
+                Parts(classifier).classifier.weight
+            )  # a head that begins with zeros would hide what follows
             divide_logits(classifier, 2.0, examples_of(study, classifier))
         except InputError as error:
             raise InputError(f"{job.role}s.{job.arm}: calibrate: {error}") from None

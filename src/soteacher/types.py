@@ -153,6 +153,8 @@ class Task:
     num_classes: int
     labels: Tensor | None = None
     """``[num_examples]`` int64 class of each training example."""
+    rows: Tensor | None = None
+    """``[M]`` int64 examples that the network is trained on, ascending; ``None`` for all."""
     network: NetworkFacts | None = None
     """The network in training."""
     teacher: NetworkFacts | None = None

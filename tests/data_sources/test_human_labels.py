@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from soteacher.data import DataSet, class_balanced_subset, human_labels
 from soteacher.data.cifar import Cifar10Config
 from soteacher.errors import InputError
+from soteacher.settings import parse
 
 NUM_CLASSES = 4
 NUM_TRAIN = NUM_TEST = 40
@@ -99,6 +100,32 @@ def test_cifar10n_is_the_mean_of_three_annotators(labelled) -> None:
     assert data.test.label_distribution is None
     assert data.train.clean_labels is None
     assert data.train.labels.tolist() == said["clean_label"].tolist()
+
+
+@pytest.mark.parametrize("name", ["clean", *ANNOTATORS])
+def test_cifar10n_others_leaves_out_whose_labels_are_trained_on(labelled, name: str) -> None:
+    root, _, said = labelled
+    data = Cifar10Config(label_sources=("cifar10n_others", "cifar10h"), train_labels=name).load(root)
+    others = [other for other in ANNOTATORS if other != name]
+    wanted = sum(np.eye(NUM_CLASSES)[said[other]] for other in others) / len(others)
+    np.testing.assert_allclose(data.train.label_distribution.numpy(), wanted, atol=1e-7)
+    assert len(others) == (3 if name == "clean" else 2)
+    assert data.train.labels.tolist() == said["clean_label" if name == "clean" else name].tolist()
+    assert data.checksum == Cifar10Config(train_labels=name).load(root).checksum
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"train_labels": "aggre_label"}, "but aggre_label is made of all three, as aggre_label and worse_label are;"),
+        ({"train_labels": "worse_label"}, "but worse_label is made of all three, as aggre_label and worse_label are;"),
+        ({"label_sources": ("cifar10n_others", "cifar10n")}, "has both cifar10n and cifar10n_others; wanted one"),
+    ],
+)
+def test_annotators_that_cannot_be_had_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words) as caught:
+        parse(Cifar10Config, {"label_sources": ["cifar10n_others"], **settings})
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", [*ANNOTATORS, "aggre_label", "worse_label"])
@@ -371,7 +398,15 @@ def test_the_real_annotators_have_their_known_noise() -> None:
         clean = said["clean_label"]
         noise = {name: 100 * (said[name] != clean).mean() for name in (*ANNOTATORS, "aggre_label", "worse_label")}
         assert np.bincount(clean).tolist() == [5000] * 10
+        learnt = np.full((len(clean), 10), 0.01 / 9)
+        learnt[np.arange(len(clean)), said["random_label1"]] = 0.99
+        shares = np.eye(10)[np.stack([said[name] for name in ANNOTATORS])]
     assert list(noise.values()) == pytest.approx([17.23, 18.12, 17.64, 9.01, 40.21], abs=0.006)
+    # What the guide says of a network that has learnt the first annotator's labels by heart.
+    distances = [np.square(learnt - shares[first:].mean(0)).sum(1).mean() for first in (0, 1)]
+    assert distances == pytest.approx([0.183, 0.416], abs=0.0006)
+    disagreeing = np.mean([1 - (shares[a] * shares[b]).sum(1).mean() for a, b in ((0, 1), (0, 2), (1, 2))])
+    assert disagreeing / 3 == pytest.approx(0.095, abs=0.0006)
 
 
 def test_the_real_judgements_sum_to_one() -> None:

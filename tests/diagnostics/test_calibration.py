@@ -254,6 +254,18 @@ def test_log_probabilities_match_scipy() -> None:
     assert log_probabilities(logits).numpy() == pytest.approx(log_softmax(logits.double().numpy(), axis=1), rel=1e-6)
 
 
+@pytest.mark.parametrize("highest", [2e38, 3.4e38])
+def test_figures_of_logits_whose_difference_overflows_are_finite(highest: float) -> None:
+    logits = torch.tensor([[highest, -highest], [-highest, highest], [1.0, 0.0]])
+    found = log_probabilities(logits)
+    assert found.isfinite().all()
+    assert found[0].tolist() == [0, torch.finfo(torch.float32).min]
+    for labels in (torch.tensor([0, 1, 0]), torch.tensor([1, 0, 1]), torch.tensor([0, 0, 0])):
+        assert all(math.isfinite(value) for value in calibration_figures(logits, labels).values())
+        assert 0.01 <= fit_temperature(logits, labels) <= 100
+        assert cross_fitted_logits(logits, labels).isfinite().all()
+
+
 def test_histogram_by_hand() -> None:
     logits = torch.tensor([[100.0, 0.0], [0.0, 0.0], [0.0, 1.0], [0.0, 100.0]])  # confidences 1, 1/2, 0.73, 1
     shares, edges = confidence_histogram(logits, num_bins=4)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from soteacher.data import AugmentConfig, DataSet, FolderConfig, ImageSplit
 from soteacher.diagnostics.card import MOST_PASSES, CardConfig, make_card
-from soteacher.diagnostics.passes import measured
+from soteacher.diagnostics.look import sample_of
+from soteacher.diagnostics.passes import _places_of_precision, measured
 from soteacher.errors import InputError
 from soteacher.models.classifier import Classifier, NetworkSpec, build_classifier
 from soteacher.report.card_tables import GROUPS
@@ -135,6 +136,7 @@ def test_a_constant_network_has_no_slope_and_no_information() -> None:
     assert card["layers"] == []
     assert [note.split(":")[0] for note in card["notes"]] == [
         "the network has no linear layer to take features from; the features are its logits",
+        "figures of predictions on augmented training images are those of one view of each",
         "no true label distribution is known for made; give --folds to compare with out-of-fold predictions",
         "no figures of weights", "no norms of layers", "slope",
     ]  # fmt: skip
@@ -395,14 +397,74 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], field: st
         CardConfig(**settings)
 
 
-def test_a_sample_is_balanced_and_stated() -> None:
-    source = torch.Generator().manual_seed(0)
-    labels = torch.cat((torch.zeros(60), torch.ones(20), torch.full((20,), 2))).long()
-    images = torch.rand(100, 1, 6, 6, generator=source)
+def unbalanced() -> DataSet:
+    """Give 100 images of which 80, 15 and 5 are of the three classes."""
+    labels = torch.arange(3).repeat_interleave(torch.tensor([80, 15, 5]))
+    images = torch.rand(100, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    return data_of((images, labels), (images, labels))
+
+
+def test_figures_of_a_sample_estimate_those_of_the_split() -> None:
     # A network that always says "a" is right as often as there are images of it among those used.
-    card = card_of(Constant([2.0, 0.0, 0.0]), data_of((images, labels), (images, labels)), examples=30)
-    assert card["sampled"]["train"] == 30
-    assert card["figures"]["train"]["accuracy"] == pytest.approx(1 / 3)
+    accuracies = []
+    for seed in range(40):
+        card = card_of(Constant([2.0, 0.0, 0.0]), unbalanced(), SAME, examples=30, seed=seed)
+        assert card["sampled"]["train"] == card["sampled"]["test"] == 30
+        accuracies += [card["figures"][split]["accuracy"] for split in ("train", "test")]
+    deviation = math.sqrt(0.8 * 0.2 / 30 * 70 / 99)  # without replacement
+    assert np.mean(accuracies) == pytest.approx(0.8, abs=3 * deviation / math.sqrt(80))
+    assert np.std(accuracies, ddof=1) == pytest.approx(deviation, rel=0.3)
+
+
+def test_samples_are_nested_seeded_and_in_order() -> None:
+    data = unbalanced()
+
+    def rows(examples: int | None, seed: int = 0) -> dict[str, list[int]]:
+        found = sample_of(data, CardConfig(examples=examples, seed=seed), None).rows
+        return {name: split.tolist() for name, split in found.items()}
+
+    for split in ("train", "test"):
+        few, more = rows(10)[split], rows(60)[split]
+        assert few == rows(10)[split] == sorted(set(few))
+        assert set(few) < set(more)
+        assert more == sorted(set(more))
+        assert (len(few), len(more)) == (10, 60)
+        assert few != rows(10, seed=1)[split]
+        assert rows(100)[split] == rows(None)[split] == rows(5000)[split] == list(range(100))
+    assert rows(10)["train"] != rows(10)["test"]
+    assert torch.equal(
+        sample_of(data, CardConfig(examples=10), None).splits["train"].labels, data.train.labels[rows(10)["train"]]
+    )
+
+
+def test_weights_of_layers_that_never_run_do_not_count() -> None:
+    network = Convolutional()
+    alone = card_of(network, random_data())["figures"]["weights"]
+    network.unused = nn.Linear(50, 50)
+    nn.init.zeros_(network.unused.weight)
+    assert card_of(network, random_data())["figures"]["weights"] == alone
+
+
+def test_products_are_of_float32_while_a_card_is_made() -> None:
+    places = [(place, name) for place, name, _ in _places_of_precision()]
+    assert len(places) >= 2
+    before = [getattr(*place) for place in places]
+    classifier = Classifier(Convolutional(), mean=[0.0], std=[1.0])
+    with measured(classifier, "cpu"):
+        assert all(getattr(place, name) == exact for place, name, exact in _places_of_precision())
+    assert [getattr(*place) for place in places] == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_figures_on_a_gpu_are_not_rounded_to_tf32() -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(64, 64, 3)
+    images = torch.randn(8, 64, 16, 16)
+    expected = layer.double()(images.double())
+    with measured(Classifier(Convolutional(), mean=[0.0], std=[1.0]), "cuda"):
+        found = layer.float().cuda()(images.cuda())
+    assert (found.double().cpu() - expected).abs().max() < 1e-5
 
 
 def test_images_in_files_work_too(tmp_path: Path) -> None:

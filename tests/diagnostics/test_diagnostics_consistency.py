@@ -168,6 +168,37 @@ def test_information_ignores_order_and_classes_without_examples() -> None:
     assert value == pytest.approx(expected, rel=1e-4)
 
 
+def test_information_is_at_most_the_logarithm_of_a_class_s_examples_and_falls_short_with_few() -> None:
+    sure = 1e3 * torch.eye(8)
+    for count in (1, 2, 5, 8):
+        value = conditional_mutual_information(sure[:count], torch.zeros(count).long(), num_classes=8)
+        assert value == pytest.approx(math.log(count), abs=1e-6)  # each another class
+    assert conditional_mutual_information(sure.repeat(3, 1), torch.zeros(24).long(), num_classes=8) == pytest.approx(
+        math.log(8)
+    )
+    # In the mean over parts of one class, the fewer examples each part has, the smaller is the value.
+    logits, means = torch.randn(1000, 8, generator=torch.Generator().manual_seed(0)), list[float]()
+    for count in (2, 5, 20, 1000):
+        labels = torch.zeros(count).long()
+        parts = [conditional_mutual_information(part, labels, num_classes=8) for part in logits.split(count)]
+        means.append(sum(parts) / len(parts))
+    assert means == sorted(means)
+    assert means[0] < 0.7 * means[-1]
+
+
+@pytest.mark.parametrize("views", [2, 3, 6])
+def test_prediction_variance_is_at_most_one(views: int) -> None:
+    logits = 1e3 * torch.eye(6)[:views].unsqueeze(1)  # each view is sure of another class
+    figures = view_figures(logits, torch.ones(views, 1, 1), torch.tensor([0]))
+    assert figures["prediction_variance"] == pytest.approx(1)
+
+
+def test_information_of_logits_whose_difference_overflows_is_finite() -> None:
+    logits = torch.tensor([[3e38, -3e38], [-3e38, 3e38]])
+    value = conditional_mutual_information(logits, torch.tensor([0, 0]), num_classes=2)
+    assert value == pytest.approx(math.log(2))
+
+
 def test_information_takes_labels_of_any_integer_type() -> None:
     logits, _, labels = _example(views=1)
     expected = conditional_mutual_information(logits[0], labels, num_classes=6)

@@ -18,8 +18,6 @@ from soteacher.diagnostics.lipschitz import (
 from soteacher.errors import InputError
 from soteacher.models.classifier import Classifier
 from soteacher.models.zoo import build_network
-from soteacher.objectives.teacher.joint_lipschitz import composed_norm
-from soteacher.objectives.teacher.lipschitz import induced_norm
 
 
 def randomised(network: nn.Module) -> Any:
@@ -39,6 +37,13 @@ def singular_value(operator: nn.Module, shape: tuple[int, ...]) -> float:
     with torch.no_grad():
         columns = operator.eval()(units) - operator(torch.zeros(1, *shape))
     return float(np.linalg.svd(columns.flatten(1).double().numpy(), compute_uv=False)[0])
+
+
+def column_sum(operator: nn.Module, shape: tuple[int, ...]) -> float:
+    """The largest absolute one of the operator's matrix."""
+    with torch.no_grad():
+        columns = operator.eval()(torch.eye(math.prod(shape)).unflatten(1, shape)) - operator(torch.zeros(1, *shape))
+    return float(columns.flatten(1).abs().sum(dim=1).max())
 
 
 class Mixed(nn.Module):
@@ -84,8 +89,7 @@ def test_layer_norms_are_those_of_dense_matrices() -> None:
         assert 0.99 * exact <= layer.norm_2 <= exact * (1 + 1e-5), layer.layer
         if layer.layer in ("alone", "rows", "head"):
             assert layer.norm_2 == pytest.approx(exact, rel=1e-5)
-        norm_1 = composed_norm(*operator) if isinstance(operator, nn.Sequential) else induced_norm(operator)
-        assert layer.norm_1 == norm_1.item()
+        assert layer.norm_1 == pytest.approx(column_sum(operator, shape), rel=1e-5), layer.layer
 
 
 def test_layer_norms_of_a_classifier_have_the_paths_of_its_network() -> None:
@@ -185,6 +189,22 @@ def test_largest_slope_of_a_linear_map_is_its_largest_singular_value() -> None:
     found = largest_slope(classifier, middle(8, 3, 3), radius=0.1, steps=20, seed=0)
     assert found.max() <= expected * (1 + 1e-4)
     assert found.min() > 0.99 * expected
+
+
+@pytest.mark.parametrize("radius", [1e-3, 2.5, 10.0])
+def test_a_search_of_any_radius_goes_on_where_a_gradient_is_zero(radius: float) -> None:
+    # Of the first half of the images the logits do not depend on the image at all: their gradient is 0 everywhere.
+    class Half(Linear):
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) * torch.tensor([0.0, 0, 0, 1, 1, 1])[: len(images), None]
+
+    seen: list[Tensor] = []
+    network = Half(torch.randn(5, 27, generator=torch.Generator().manual_seed(0)))
+    network.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].detach().clone()))
+    found = largest_slope(network, middle(6, 3, 3), radius=radius, steps=8, seed=0)
+    assert not found[:3].any()
+    assert found[3:].min() > 0
+    assert all(places.isfinite().all() for places in seen)
 
 
 def test_largest_slope_of_a_map_that_keeps_lengths_is_1() -> None:

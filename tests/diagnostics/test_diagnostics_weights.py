@@ -107,6 +107,14 @@ def test_other_kinds_of_layers() -> None:
     assert weight_figures(nn.Linear(3, 4).bfloat16(), {})["dead_channels"] == 0
 
 
+def test_only_layers_that_run_count(network: nn.Sequential) -> None:
+    nn.init.zeros_(network.get_parameter("6.weight"))
+    modules = set(network.modules())
+    assert weight_figures(network, PAIRS, running=modules) == weight_figures(network, PAIRS)
+    assert weight_figures(network, PAIRS, running=modules - {network[6]}) == {"near_zero": 0, "dead_channels": 0}
+    assert weight_figures(network, PAIRS, running=set()) == {"near_zero": None, "dead_channels": None}
+
+
 def test_a_network_without_layers_is_refused() -> None:
     with pytest.raises(InputError, match="ReLU has no convolution"):
         weight_figures(nn.ReLU(), {})

@@ -69,6 +69,15 @@ def test_distances_of_extreme_logits_are_finite(scale: float) -> None:
     assert figures["total_variation"] <= 1
 
 
+def test_distances_of_logits_whose_difference_overflows_are_finite() -> None:
+    logits = torch.tensor([[3e38, -3e38, -3e38]]).expand(2, 3)
+    right = distribution_distances(logits, torch.tensor([[1.0, 0, 0]]).expand(2, 3))
+    assert right == {"mse": 0, "kl": 0, "total_variation": 0}
+    wrong = distribution_distances(logits, torch.tensor([[0, 0.5, 0.5009]]).expand(2, 3))
+    assert wrong["kl"] == pytest.approx(1.0009 * -float(torch.finfo(torch.float32).min))
+    assert all(math.isfinite(value) for value in wrong.values())
+
+
 def test_most_different_by_hand() -> None:
     logits = torch.zeros(4, 2)
     truth = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.25, 0.75], [0.0, 1.0]])

@@ -15,9 +15,11 @@ from soteacher.objectives.teacher.joint_lipschitz import (
     METHOD,
     JointLipschitz,
     JointLipschitzConfig,
+    Operator,
     composed_norm,
     filters_of,
     joint_lipschitz_sum,
+    meeting_taps,
     network_operators,
 )
 from soteacher.objectives.teacher.lipschitz import induced_norm, lipschitz_bound_sum
@@ -35,6 +37,11 @@ LAYERS: Mapping[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "groups": (lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), (4, 5, 5)),
     "depthwise": (lambda: nn.Conv2d(4, 4, 3, padding=1, groups=4), (4, 5, 5)),
     "depthwise, two channels each": (lambda: nn.Conv2d(3, 6, 3, padding=1, groups=3), (3, 5, 5)),
+    "stride": (lambda: nn.Conv2d(3, 4, 3, padding=1, stride=2), (3, 7, 7)),
+    "even stride": (lambda: nn.Conv2d(3, 4, 4, padding=1, stride=4), (3, 9, 9)),
+    "stride and groups": (lambda: nn.Conv2d(4, 6, 5, padding=2, stride=3, groups=2), (4, 9, 9)),
+    "stride and dilation": (lambda: nn.Conv2d(2, 4, 3, stride=(2, 4), dilation=(3, 2)), (2, 13, 13)),
+    "1x1 stride": (lambda: nn.Conv2d(3, 4, 1, stride=2), (3, 6, 6)),
     "transposed": (lambda: nn.ConvTranspose2d(3, 4, 3), (3, 4, 4)),
     "transposed, stride and groups": (lambda: nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (4, 4, 4)),
     "linear": (lambda: nn.Linear(5, 7), (5,)),
@@ -74,8 +81,7 @@ def test_composed_norm_is_that_of_the_dense_matrix(name: str, affine: bool) -> N
 @pytest.mark.parametrize(
     ("layer", "shape"),
     {
-        "stride": (nn.Conv2d(3, 4, 3, padding=1, stride=2), (3, 9, 9)),
-        "1x1 stride, every second pixel": (nn.Conv2d(3, 4, 1, stride=2), (3, 6, 6)),
+        "stride, image smaller than the kernel": (nn.Conv2d(3, 4, 7, padding=3, stride=2), (3, 3, 3)),
         "image smaller than the kernel": (nn.Conv2d(3, 4, 5, padding=2), (3, 2, 2)),
         "cropped transposed": (nn.ConvTranspose2d(3, 4, 3, padding=2), (3, 3, 3)),
     }.values(),
@@ -89,6 +95,33 @@ def test_composed_norm_bounds_the_dense_matrix(layer: nn.Module, shape: tuple[in
         nn.init.normal_(parameter)
     exact = dense_norm(operator, shape)
     assert composed_norm(layer, norm).item() >= exact.item() * (1 - 1e-12)
+
+
+@pytest.mark.parametrize("normed", [True, False], ids=["batch norm", "alone"])
+@pytest.mark.parametrize("dilation", [1, 2, 3])
+@pytest.mark.parametrize("stride", [1, 2, 3, 4])
+def test_norms_of_strided_convolutions_are_those_of_dense_matrices(stride: int, dilation: int, normed: bool) -> None:
+    torch.manual_seed(stride)
+    for layer, norm, shape in (
+        (nn.Conv1d(3, 4, 5, stride=stride, dilation=dilation, padding=1), nn.BatchNorm1d(4), (3, 29)),
+        (nn.Conv1d(4, 6, 2, stride=stride, dilation=dilation, groups=2), nn.BatchNorm1d(6), (4, 17)),
+        (nn.Conv2d(2, 4, (3, 4), stride=(stride, 2), dilation=dilation, groups=2), nn.BatchNorm2d(4), (2, 15, 17)),
+    ):
+        nn.init.normal_(layer.double().weight)
+        nn.init.normal_(norm.double().eval().weight)
+        operator = Operator(path="layer", layer=layer, batch_norm=norm if normed else None)
+        expected = dense_norm(nn.Sequential(layer, norm) if normed else layer, shape)
+        torch.testing.assert_close(operator.norm().detach(), expected, rtol=1e-12, atol=0)
+        if not normed:
+            assert operator.norm() <= induced_norm(layer) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize(("stride", "dilation", "taps"), [(2, 1, [[0, 2], [1]]), (4, 2, [[0, 2], [1]]), (4, 1, None)])
+def test_taps_that_meet_by_hand(stride: int, dilation: int, taps: list[list[int]] | None) -> None:
+    layer = nn.Conv1d(1, 1, 3, stride=stride, dilation=dilation)
+    layer.weight.data = torch.tensor([[[1.0, -10.0, 100.0]]])
+    sums = [float(sum(10**tap for tap in group)) for group in taps or [[0], [1], [2]]]
+    assert meeting_taps(layer).tolist() == [[[sums]]]
 
 
 def test_composed_norm_by_hand() -> None:
@@ -216,7 +249,7 @@ def test_sum_counts_pairs_once_and_the_rest_as_lipschitz_does(network: nn.Sequen
     assert [op.path for op in network_operators(network, {"0": "1"})] == ["0", "5"]
     expected = composed_norm(convolution, norm) + induced_norm(linear)
     torch.testing.assert_close(joint_lipschitz_sum(network, {"0": "1"}), expected)
-    assert torch.equal(joint_lipschitz_sum(network, {}), lipschitz_bound_sum(network))
+    torch.testing.assert_close(joint_lipschitz_sum(network, {}), lipschitz_bound_sum(network))  # no layer has a stride
     operators = network_operators(network, {"0": "1"})
     assert (operators[0].batch_norm_path, operators[0].batch_norm) == ("1", norm)
     assert (operators[1].batch_norm_path, operators[1].batch_norm) == (None, None)

@@ -125,6 +125,35 @@ def make_judged_run(make_run: Callable[..., Path]) -> Callable[..., Path]:
     return make
 
 
+RANKED = {"standard": 3, "soteacher": 5, "mse": 4, "smooth": 1, "early": 2, "wide": 6}
+"""Six kinds of teachers: how good their students are."""
+
+
+@pytest.fixture
+def make_ranked_run(make_judged_run: Callable[..., Path]) -> Callable[..., Path]:
+    """Make a run of :data:`RANKED`: the distance falls as students get better, whatever single seeds do."""
+
+    def make(*, students: tuple[str, ...] = ("kd",), arms: tuple[str, ...] = tuple(RANKED), seeds: int = 3) -> Path:
+        names = tuple(f"{arm}-{student}" for student in students for arm in arms)
+        folder = make_judged_run(teachers=arms, students=names, seeds=seeds)
+        path = folder / "results.json"
+        results = json.loads(path.read_text())
+        for row in results["rows"]:
+            if row["role"] == "student":
+                row["accuracy_last"] = 0.8 + 0.01 * RANKED[row["teacher_arm"]] + 0.03 * row["seed"]
+        path.write_text(json.dumps(results))
+        for place, path in enumerate(sorted((folder / "teachers").glob("*/seed*/card.json"))):
+            arm, seed = path.parts[-3], int(path.parts[-2].removeprefix("seed"))
+            card = json.loads(path.read_text())
+            card["figures"]["distance"]["train"]["kl"] = 0.5 - 0.01 * RANKED[arm] + 0.02 * seed
+            card["figures"]["test"]["accuracy"] = 0.87  # the same for all
+            card["figures"]["lipschitz"]["largest_slope"] = 20.0 + place if arm in ("standard", "mse", "wide") else None
+            path.write_text(json.dumps(card))
+        return folder
+
+    return make
+
+
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
     return lambda **settings: write_run(tmp_path / "run", **settings)

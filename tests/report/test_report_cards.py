@@ -3,10 +3,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from scipy import stats
 
 from soteacher.report.cards import (
+    MIN_DECISIVE_PAIRS,
+    Point,
+    arm_correlations,
+    arm_means,
     card_table,
     carded_teachers,
     correlation_notes,
@@ -19,7 +24,7 @@ from soteacher.report.cards import (
     too_few_points,
 )
 from soteacher.report.record import RunRecord, read_run
-from soteacher.statistics import RankCorrelation
+from soteacher.statistics import RankCorrelation, rank_correlation
 
 
 def _students(record: RunRecord) -> dict[str, Any]:
@@ -113,36 +118,99 @@ def test_a_teacher_from_a_file_is_paired_with_the_mean_over_seeds(make_judged_ru
     assert points[-1].accuracy == pytest.approx((0.86 + 0.863 + 0.86) / 3)
 
 
-def test_correlations_are_scipys_strongest_first(make_judged_run: Callable[..., Path]) -> None:
-    student = _students(read_run(make_judged_run(seeds=3)))["kd"]
+def _point(arm: str, seed: int, accuracy: float, **figures: float) -> Point:
+    return Point(arm=arm, seed=seed, figures=figures, accuracy=accuracy)
+
+
+def test_an_arm_is_the_mean_of_its_networks_that_have_the_figure() -> None:
+    points = (_point("a", 0, 0.5, x=1.0), _point("b", 0, 0.25, x=7.0), _point("a", 1, 0.75, x=2.0), _point("a", 2, 0.9))
+    assert arm_means(points, "x") == {"a": (1.5, 0.625), "b": (7.0, 0.25)}
+    assert arm_means(points, "y") == {}
+
+
+def test_equal_means_have_equal_ranks() -> None:
+    points = [_point("a", seed, 0.1 * (seed + 1), x=0.98) for seed in range(5)]
+    points += [_point("b", seed, 0.3, x=0.98) for seed in range(7)]
+    assert len(set(arm_means(points, "x").values())) == 1
+
+
+def test_correlation_is_over_arms_by_hand() -> None:
+    # Means of x: 1, 2, 3, 4; of the accuracy: 0.3, 0.2, 0.5, 0.6. Ranks differ by 1, 1, 0, 0: rho = 1 - 6 * 2 / 60.
+    # Within each arm the accuracy falls as x rises, which decides nothing.
+    means = {"a": (1, 0.3), "b": (2, 0.2), "c": (3, 0.5), "d": (4, 0.6)}
+    points = [
+        _point(arm, seed, accuracy - 0.05 * seed, x=x + 9.0 * seed, y=1.0 if arm == "a" else 2.0 * (arm != "d"))
+        for arm, (x, accuracy) in means.items()
+        for seed in (-1, 0, 1)
+    ]
+    found = arm_correlations(points)
+    assert found["x"].value == pytest.approx(0.8)
+    assert found["x"].count == 4
+    half_width = 1.959964 * np.sqrt(1 + 0.8**2 / 2)
+    assert found["x"].interval == pytest.approx(np.tanh(np.arctanh(0.8) + half_width * np.array([-1, 1])), abs=1e-6)
+    assert list(arm_correlations([point for point in points if point.arm != "a"])) == []
+    assert found["y"].value == pytest.approx(stats.spearmanr([1, 2, 2, 0], [0.3, 0.2, 0.5, 0.6]).statistic)
+
+
+def test_seeds_do_not_make_a_correlation_surer() -> None:
+    points = [_point(arm, 0, 0.1 * place, x=float(place)) for place, arm in enumerate("abcdefg")]
+    more = [_point(point.arm, seed, point.accuracy, x=point.figures["x"]) for point in points for seed in range(10)]
+    assert arm_correlations(more) == arm_correlations(points)
+
+
+def test_arms_without_a_connection_seldom_seem_to_have_one() -> None:
+    generator = np.random.default_rng(0)
+    excluded = 0
+    for _ in range(400):
+        effects = generator.normal(size=(2, 7))  # of the arm on the figure, and on accuracy
+        points = [
+            _point(str(arm), seed, effects[1, arm] + 0.3 * generator.normal(), x=effects[0, arm] + generator.normal())
+            for arm in range(7)
+            for seed in range(5)
+        ]
+        lower, upper = arm_correlations(points)["x"].interval or (-1, 1)
+        excluded += not lower <= 0 <= upper
+    assert excluded <= 0.08 * 400
+
+
+def test_few_pairs_have_intervals_that_hold_0() -> None:
+    for count in range(4, 10):
+        interval = rank_correlation(list(range(count)), list(range(count))).interval
+        assert interval is not None
+        assert (interval[0] <= 0) == (count < MIN_DECISIVE_PAIRS)
+
+
+def test_correlations_are_scipys_strongest_first(make_ranked_run: Callable[..., Path]) -> None:
+    student = _students(read_run(make_ranked_run()))["kd"]
     assert next(iter(student.correlations)) == "distance.train.kl"
-    assert "train.accuracy" not in student.correlations  # the same for all
-    assert "lipschitz.largest_slope" not in student.correlations  # known for three
+    assert student.correlations["distance.train.kl"].value == -1
+    assert "test.accuracy" not in student.correlations  # the same for all
+    assert "lipschitz.largest_slope" not in student.correlations  # three arms have it
     strengths = [abs(one.value) for one in student.correlations.values()]
     assert strengths == sorted(strengths, reverse=True)
-    accuracies = [point.accuracy for point in student.points]
     for name, found in student.correlations.items():
-        wanted = stats.spearmanr([point.figures[name] for point in student.points], accuracies).statistic
-        assert found.value == pytest.approx(wanted)
+        figures = np.array([point.figures[name] for point in student.points]).reshape(6, 3).mean(axis=1)
+        accuracies = np.array([point.accuracy for point in student.points]).reshape(6, 3).mean(axis=1)
+        assert found.value == pytest.approx(stats.spearmanr(figures.round(12), accuracies.round(12)).statistic)
         assert found.count == 6
 
 
-def test_correlation_table_has_a_row_for_each_figure(make_judged_run: Callable[..., Path]) -> None:
-    folder = make_judged_run(seeds=3, students=("standard-kd", "soteacher-kd", "standard-dkd", "soteacher-dkd"))
-    path = folder / "teachers/standard/seed2/card.json"
-    card = json.loads(path.read_text())
-    del card["figures"]["test"]["ece"]
-    path.write_text(json.dumps(card))
+def test_correlation_table_has_a_row_for_each_figure(make_ranked_run: Callable[..., Path]) -> None:
+    folder = make_ranked_run(students=("kd", "dkd"))
+    for path in (folder / "teachers/wide").glob("seed*/card.json"):
+        card = json.loads(path.read_text())
+        del card["figures"]["test"]["ece"]
+        path.write_text(json.dumps(card))
     students = list(_students(read_run(folder)).values())
     table = correlation_table(students)
-    assert table.columns == ("figure of the teacher", "kd, 6 points", "dkd, 6 points")
+    assert table.columns == ("figure of the teacher", "kd, 6 kinds of teachers", "dkd, 6 kinds of teachers")
     assert table.rows[0][0] == figure_words("distance.train.kl")
     assert table.rows[0][1] == correlation_words(students[0].correlations["distance.train.kl"])
     cells = {row[0]: row[1] for row in table.rows}
     assert cells[figure_words("test.ece")].endswith("] of 5")
-    assert len(table.rows) == 4
+    assert len(table.rows) == 3
     notes = " ".join(correlation_notes(students))
-    for part in ("not independent", "with few arms, here 2", "not a cause", "4 figures were looked at"):
+    for part in ("over kinds of teachers", "Below 6 kinds", "not a cause", "3 figures were looked at"):
         assert part in notes
 
 
@@ -154,10 +222,13 @@ def test_correlation_words() -> None:
     assert correlation_words(None) == correlation_words(RankCorrelation(value=None, interval=None, count=3)) == "-"
 
 
-def test_too_few_points_says_how_many_there_are(make_judged_run: Callable[..., Path]) -> None:
-    students = list(_students(read_run(make_judged_run(seeds=1))).values())
+@pytest.mark.parametrize(("arms", "seeds"), [(("standard", "soteacher"), 3), (("standard", "soteacher", "mse"), 5)])
+def test_too_few_points_says_how_many_kinds_there_are(
+    make_ranked_run: Callable[..., Path], arms: tuple[str, ...], seeds: int
+) -> None:
+    students = list(_students(read_run(make_ranked_run(arms=arms, seeds=seeds))).values())
     assert students[0].correlations == {}
     assert too_few_points(students).endswith(
-        "takes 4 teachers with a card that one student has learnt from; there are 2."
+        "takes 4 kinds of teachers (arms) with a card that one student has learnt from; there are " + f"{len(arms)}."
     )
     assert too_few_points([]).endswith("there are none.")

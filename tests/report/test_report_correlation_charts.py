@@ -9,7 +9,7 @@ from soteacher.report.cards import Point, TaughtStudent, carded_teachers, figure
 from soteacher.report.charts import COLOURS
 from soteacher.report.correlation_charts import MAX_PANELS, student_panels
 from soteacher.report.record import read_run
-from soteacher.statistics import rank_correlation
+from soteacher.statistics import RankCorrelation
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = 'a<b> & "$x^2$"'
@@ -26,9 +26,8 @@ def _student(arms: tuple[str, ...] = ("a", "b"), seeds: int = 3, figures: int = 
         for place, arm in enumerate(arms)
         for seed in range(seeds)
     )
-    accuracies = [point.accuracy for point in points]
     names = [f"own.figure_{number}" for number in range(figures)]
-    found = {name: rank_correlation([point.figures[name] for point in points], accuracies) for name in names}
+    found = {name: RankCorrelation(value=0.5, interval=(-0.2, 0.9), count=len(arms)) for name in names}
     return TaughtStudent(name=HOSTILE, points=points, correlations=found)
 
 
@@ -36,17 +35,17 @@ def _texts(svg: str) -> list[str]:
     return ["".join(element.itertext()) for element in ElementTree.fromstring(svg).iter(f"{SVG}text")]
 
 
-def test_panels_are_titled_with_figure_and_correlation(make_judged_run: Callable[..., Path]) -> None:
-    record = read_run(make_judged_run(seeds=3))
+def test_panels_are_titled_with_figure_and_correlation(make_ranked_run: Callable[..., Path]) -> None:
+    record = read_run(make_ranked_run())
     teachers = carded_teachers(record)
     (student,) = taught_students(record, teachers)
     legend, *panels = student_panels(0, student, list(teachers))
-    assert _texts(legend.svg) == ["standard", "soteacher"]
+    assert _texts(legend.svg) == ["standard", "soteacher", "mse", "smooth", "early", "wide"]
     assert [panel.title.split(": rho ")[0] for panel in panels] == list(map(figure_words, student.correlations))
     assert re.fullmatch(r"distance, train: .*: rho -1\.00 \[-1\.00, -0\.\d\d\]", panels[0].title)
     for panel in panels:
         assert "student accuracy, %" in _texts(panel.svg)
-        assert panel.caption == "6 teachers' networks."
+        assert panel.caption == "6 kinds of teachers, 18 networks."
         root = ElementTree.fromstring(panel.svg)
         assert root.attrib["role"] == "img"
         assert root.attrib["aria-label"] == f"Accuracy of kd against {panel.title}"

@@ -155,17 +155,17 @@ def test_write_report_counts_the_time_of_an_early_stopped_teacher_once(make_run:
 JUDGED = "Teachers judged before any student"
 
 
-def test_write_report_sets_students_against_their_teachers_cards(make_judged_run: Callable[..., Path]) -> None:
-    folder = make_judged_run(seeds=3)
+def test_write_report_sets_students_against_their_teachers_cards(make_ranked_run: Callable[..., Path]) -> None:
+    folder = make_ranked_run()
     text = _page(folder).text
     for part in (
         f"{JUDGED} Figures of the teachers' cards, means over seeds.",
         "What goes with the accuracy of kd",
         "Large marks are means over an arm's seeds",
         "Rank correlation of every figure with student accuracy",
-        "Points of one arm share their method and so are not independent",
+        "The correlation is Spearman's rho over kinds of teachers (arms)",
         "A correlation is not a cause",
-        "4 figures were looked at for each student.",
+        "3 figures were looked at for each student.",
     ):
         assert part in text
     assert "not set against" not in text
@@ -174,20 +174,19 @@ def test_write_report_sets_students_against_their_teachers_cards(make_judged_run
 
 
 def test_write_report_says_why_no_student_is_set_against_the_cards(make_judged_run: Callable[..., Path]) -> None:
-    text = _page(make_judged_run(seeds=1)).text
+    text = _page(make_judged_run(seeds=5)).text
     assert JUDGED in text
-    assert "that takes 4 teachers with a card that one student has learnt from; there are 2." in text
+    assert "that takes 4 kinds of teachers (arms) with a card that one student has learnt from; there are 2." in text
     assert "Rank correlation" not in text
 
 
 def test_write_report_says_what_its_charts_leave_out(
-    make_judged_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    make_ranked_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page, "MAX_PANELS", 3)
+    monkeypatch.setattr(page, "MAX_PANELS", 2)
     monkeypatch.setattr(page, "MAX_STUDENTS", 1)
-    students = ("standard-kd", "soteacher-kd", "standard-dkd", "soteacher-dkd")
-    text = _page(make_judged_run(seeds=3, students=students)).text
-    assert "Charts are of the 3 strongest correlations of a student; the table has all." in text
+    text = _page(make_ranked_run(students=("kd", "dkd"))).text
+    assert "Charts are of the 2 strongest correlations of a student; the table has all." in text
     assert "Charts are of the first 1 of 2 students; the table has all." in text
     assert "What goes with the accuracy of dkd" not in text
 

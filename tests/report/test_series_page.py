@@ -1,6 +1,6 @@
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,20 @@ from soteacher.report.series_figures import (
     NLL,
     QUANTITIES,
     along,
+    arm_means,
     by_arm,
     closeness,
-    pairs_within_points,
+    pairs_by_point,
     reference_teacher,
 )
 from soteacher.report.series_page import write_series_report
-from soteacher.report.series_tables import correlation_sentences, difference_table, tally_table, trend_table
+from soteacher.report.series_tables import (
+    correlation_sentences,
+    difference_table,
+    tally_table,
+    trend_table,
+    within_points_table,
+)
 from soteacher.statistics import summarise
 
 DISTANCE = QUANTITIES[0]
@@ -126,11 +133,22 @@ def test_closeness_is_the_distance_where_cards_know_it() -> None:
 
 
 def test_pairs_are_differences_within_a_point_and_seed() -> None:
-    distances, accuracies = pairs_within_points(make_results(), "kd", ACCURACY)
-    assert distances == pytest.approx(3 * [-0.02, -0.021, -0.02])
-    assert accuracies == pytest.approx(3 * [0.03, 0.032, 0.03])
-    assert pairs_within_points(make_results(), "kd", NLL)[1] == pytest.approx(3 * [-0.03, -0.032, -0.03])
-    assert pairs_within_points(make_results(), "other", NLL) == ([], [])
+    points = pairs_by_point(make_results(), "kd", ACCURACY)
+    assert len(points) == 3
+    for point in points:
+        assert list(point) == ["soteacher"]
+        assert np.array(point["soteacher"]) == pytest.approx(np.array([(-0.02, 0.03), (-0.021, 0.032), (-0.02, 0.03)]))
+    (point, *_) = pairs_by_point(make_results(), "kd", NLL)
+    assert [gain for _, gain in point["soteacher"]] == pytest.approx([-0.03, -0.032, -0.03])
+    assert pairs_by_point(make_results(), "other", NLL) == [{}, {}, {}]
+
+
+def test_a_teacher_is_the_mean_of_its_pairs_over_seeds_and_points() -> None:
+    points = [{"a": [(1.0, 0.25), (2.0, 0.75)], "b": [(4.0, 1.0)]}, {}, {"a": [(6.0, 2.0)]}]
+    assert arm_means(points) == {"a": (3.0, 1.0), "b": (4.0, 1.0)}
+    assert arm_means([]) == {}
+    tied = arm_means([{"a": [(0.1 + 0.2, 0.0)], "b": [(0.3, 0.0)]}])
+    assert tied["a"] == tied["b"]
 
 
 def test_difference_table_is_that_of_scipy() -> None:
@@ -176,33 +194,93 @@ def test_tally_counts_the_points() -> None:
     assert table.rows == (("soteacher", "3 / 0 / 0", "3 / 0 / 0", "3 / 0 / 0"),)
 
 
-def test_correlation_is_spearmans() -> None:
-    results = make_results()
+DISTANCES = {"standard": (0.5, 0.5), "a": (0.1, 0.3), "b": (0.2, 0.4), "c": (0.5, 0.3), "d": (0.2, 0.8)}
+"""At two points."""
+ACCURACIES = {"standard": (0.8, 0.6), "a": (0.9, 0.8), "b": (0.7, 0.6), "c": (0.7, 0.7), "d": (0.8, 0.5)}
+
+
+def ranked(
+    distances: Mapping[str, Sequence[float]], accuracies: Mapping[str, Sequence[float]], noise: Any = None
+) -> dict[str, Any]:
+    """Return results of teachers and their students at some points, by arm; noise is of a point, an arm and a seed."""
+    count = len(distances["standard"])
+    noise = np.zeros((2, count, len(distances), len(SEEDS))) if noise is None else noise
+    points = []
+    for point in range(count):
+        rows = []
+        for place, arm in enumerate(distances):
+            for seed in SEEDS:
+                card = {"distance.train.mse": distances[arm][point] + 0.01 * seed + noise[0, point, place, seed]}
+                accuracy = accuracies[arm][point] + 0.02 * seed + noise[1, point, place, seed]
+                rows.append(_row("teacher", arm, seed, 0.9, card=card))
+                rows.append(_row("student", f"{arm}-kd", seed, accuracy, teacher=arm))
+        points.append({"name": str(point), "on": {"noise": point}, "rows": rows, "summary": []})
+    return {"axes": {"noise": list(range(count))}, "points": points}
+
+
+def test_correlation_is_over_kinds_of_teachers_by_hand() -> None:
+    # Mean differences to standard: distances -0.3, -0.2, -0.1, 0; accuracies 0.15, -0.05, 0, -0.05. Ranks 1 2 3 4 and
+    # 4 1.5 3 1.5: their deviations from 2.5 multiply to -3 over sqrt(5 * 4.5).
+    rho = -3 / np.sqrt(5 * 4.5)
+    by_accuracy, by_nll = correlation_sentences(ranked(DISTANCES, ACCURACIES))
+    middle, half_width = np.arctanh(rho), 1.959964 * np.sqrt(1 + rho**2 / 2)
+    ends = np.tanh([middle - half_width, middle + half_width])
+    assert by_accuracy["reason"] == (
+        "kd: over 4 kinds of teachers, each the mean of its differences to standard at the same point and seed, the "
+        "teacher's squared distance to the true distribution and the student's test accuracy have the rank correlation "
+        f"{rho:+.2f} [{ends[0]:+.2f}, {ends[1]:+.2f}]:"
+    )
+    assert f"student's test NLL have the rank correlation {-rho:+.2f} [" in by_nll["reason"]
+    assert (by_accuracy["verdict"], by_nll["verdict"]) == ("inconclusive", "inconclusive")
+
+
+def test_within_points_table_describes_single_points_by_hand() -> None:
+    # Ranks with standard. First: distances 4.5 1 2.5 4.5 2.5, accuracies 3.5 5 1.5 1.5 3.5: deviations multiply to
+    # 0.75 - 4 + 0.75 - 2.25 - 0.25, over sqrt(9 * 9). Second: 4 1.5 3 1.5 5 and 2.5 5 2.5 4 1: -0.5 - 3 - 1.5 - 4.
+    first, second = -5 / 9, -9 / 9.5
+    mean = (first + second) / 2
+    results = ranked(DISTANCES, ACCURACIES)
+    assert within_points_table(results).rows == (
+        ("kd", "accuracy", f"{mean:+.2f}", "0 of 2"),
+        ("kd", "NLL", f"{-mean:+.2f}", "2 of 2"),
+    )
+    results["points"][0]["rows"] = results["points"][0]["rows"][: 6 * 3]  # three teachers
+    assert within_points_table(results).rows[0] == ("kd", "accuracy", f"{second:+.2f}", "0 of 1")
+    assert within_points_table(make_results()).rows == ()
+
+
+@pytest.mark.parametrize(
+    ("sign", "verdicts"),
+    [(-1, ["they go against each other", "they go together"]), (1, ["they go together", "they go against each other"])],
+)
+def test_a_correlation_is_called_what_it_is(sign: int, verdicts: list[str]) -> None:
+    places = dict(enumerate(["standard", *"abcdef"]))
+    distances = {arm: (0.1 * place, 0.1 * place) for place, arm in places.items()}
+    accuracies = {arm: (0.5 + sign * 0.01 * place,) * 2 for place, arm in places.items()}
+    assert [sentence["verdict"] for sentence in correlation_sentences(ranked(distances, accuracies))] == verdicts
+
+
+def test_too_few_kinds_of_teachers_are_said_once() -> None:
+    expected = (
+        "kd: a rank correlation with the teacher's squared distance to the true distribution takes 4 kinds of teachers "
+        "(arms) besides standard; there is 1:"
+    )
+    assert correlation_sentences(make_results()) == [{"reason": expected, "verdict": "not judged"}]
+    three = {arm: DISTANCES[arm] for arm in ("standard", "a", "b", "c")}
+    (sentence,) = correlation_sentences(ranked(three, ACCURACIES))
+    assert sentence["reason"].endswith("there are 3:")
+
+
+def test_teachers_without_a_connection_seldom_seem_to_have_one() -> None:
     generator = np.random.default_rng(0)
-    for point in results["points"]:
-        for row in point["rows"]:
-            row["accuracy_last"] += generator.normal(0, 0.01)
-    distances, accuracies = pairs_within_points(results, "kd", ACCURACY)
-    rho = scipy.stats.spearmanr(distances, accuracies).statistic
-    sentence, by_nll = correlation_sentences(results)
-    assert "over 9 teachers, each against standard of its point and seed, the rank correlation" in sentence["reason"]
-    assert f"student's test accuracy is {rho:+.2f} [" in sentence["reason"]
-    rho = scipy.stats.spearmanr(*pairs_within_points(results, "kd", NLL)).statistic
-    assert f"student's test NLL is {rho:+.2f} [" in by_nll["reason"]
-    assert sentence["verdict"] == "inconclusive"
-
-
-@pytest.mark.parametrize(("sign", "verdict"), [(-1, "better"), (1, "worse")])
-def test_students_of_closer_teachers_are_called_what_they_are(sign: int, verdict: str) -> None:
-    results = make_results()
-    for number, point in enumerate(results["points"]):
-        for row in point["rows"]:
-            if row["arm"] == "soteacher":
-                row["card"]["distance.train.mse"] += 0.01 * (number + 3 * row["seed"])
-            elif row["arm"] == "soteacher-kd":
-                row["accuracy_last"] += sign * 0.01 * (number + 3 * row["seed"])
-                row["nll"] -= sign * 0.01 * (number + 3 * row["seed"])
-    assert [sentence["verdict"] for sentence in correlation_sentences(results)] == [verdict, verdict]
+    arms, excluded, runs = ("standard", *"abcdefg"), 0, 150
+    for _ in range(runs):
+        effects = generator.normal(size=(2, len(arms), 1)) + 0.5 * generator.normal(size=(2, len(arms), 3))
+        distances, accuracies = (dict(zip(arms, own, strict=True)) for own in effects)
+        noise = 0.2 * generator.normal(size=(2, 3, len(arms), len(SEEDS)))
+        sentence, _ = correlation_sentences(ranked(distances, accuracies, noise))
+        excluded += sentence["verdict"] != "inconclusive"
+    assert excluded <= 0.08 * runs
 
 
 def test_a_series_without_pairs_says_nothing_of_them() -> None:
@@ -279,6 +357,29 @@ def test_page_shows_the_whole_series(make_series: Callable[..., Path]) -> None:
     assert 'href="points/noise-0.1/report.html"' in page
     assert set(re.findall(r"https?://[^\"' ]+", page)) == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     assert write_series_report(folder).read_text(encoding="utf-8") == page
+
+
+def test_page_says_what_a_correlation_is_of(make_series: Callable[..., Path]) -> None:
+    results = make_results()
+    for place, arm in enumerate("abcd"):
+        for level, point in enumerate(results["points"]):
+            for seed in SEEDS:
+                card = {"distance.train.mse": distance_of("standard", level, seed) + 0.01 * place}
+                point["rows"].append(_row("teacher", arm, seed, 0.9, card=card))
+                point["rows"].append(_row("student", f"{arm}-kd", seed, 0.5 - 0.01 * place, teacher=arm))
+    page = write_series_report(make_series(results)).read_text(encoding="utf-8")
+    shown = _Text(page).text
+    for part in (
+        "kd: over 5 kinds of teachers",
+        "This describes the points and proves nothing",
+        "points where it is above 0 kd accuracy",
+        "Fewer than 4 kinds give no correlation, and below 6",
+    ):
+        assert part in shown
+    assert '<p class="verdict inconclusive">' in page
+    page = write_series_report(make_series()).read_text(encoding="utf-8")
+    assert "there is 1: not judged" in _Text(page).text
+    assert "Within each point" not in page
 
 
 def test_page_of_an_unfinished_series_says_so(make_series: Callable[..., Path]) -> None:

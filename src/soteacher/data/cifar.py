@@ -14,10 +14,18 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import model_validator
 
 from soteacher.data.dataset import DataSet, ImageSplit
 from soteacher.data.download import Progress, obtain_folder
-from soteacher.data.human_labels import LabelSource, TrainLabels, with_cifar10h, with_cifar10n
+from soteacher.data.human_labels import (
+    LabelSource,
+    TrainLabels,
+    annotators_of,
+    annotators_source,
+    with_cifar10h,
+    with_cifar10n,
+)
 from soteacher.data.reason import reason
 from soteacher.data.source import SourceConfig
 from soteacher.errors import InputError
@@ -52,12 +60,20 @@ class Cifar10Config(SourceConfig):
     """Chooses this source."""
     label_sources: tuple[LabelSource, ...] = ()
     """Which distributions of people's labels come with the images: ``cifar10h``, about 51 people's judgements of every
-    test image; ``cifar10n``, three annotators' labels of every training image. Their files are looked for in ``ROOT``
-    and downloaded if they are not there; their licences are CC BY-NC-SA 4.0 and CC BY-NC 4.0."""
+    test image; ``cifar10n``, three annotators' labels of every training image; or, instead of it, ``cifar10n_others``,
+    the labels of those of the three that networks are not trained on. Their files are looked for in ``ROOT`` and
+    downloaded if they are not there; their licences are CC BY-NC-SA 4.0 and CC BY-NC 4.0."""
     train_labels: TrainLabels = "clean"
     """Whose labels networks are trained on: the set's own (``clean``), or those of CIFAR-10N: one annotator's
     (``random_label1`` to ``random_label3``), the majority's (``aggre_label``), or a wrong one wherever one of the three
     is wrong (``worse_label``). The set's own are then the clean labels, by which a subset is balanced."""
+
+    @model_validator(mode="after")
+    def _check_sources(self) -> Cifar10Config:
+        source = annotators_source(self.label_sources)
+        if source is not None:
+            annotators_of(source, self.train_labels)
+        return self
 
     def load(self, root: Path, *, progress: Progress | None = None) -> DataSet:
         """Read the data; see :meth:`SourceConfig.load`."""
@@ -75,12 +91,13 @@ class Cifar10Config(SourceConfig):
         test = _read_split([folder / "test_batch"], "labels", num_classes=len(names))
         if "cifar10h" in self.label_sources:
             test = with_cifar10h(test, root, num_classes=len(names), progress=progress)
-        if "cifar10n" in self.label_sources or self.train_labels != "clean":
+        source = annotators_source(self.label_sources)
+        if source is not None or self.train_labels != "clean":
             train = with_cifar10n(
                 train,
                 root,
                 labels=self.train_labels,
-                distribution="cifar10n" in self.label_sources,
+                source=source,
                 num_classes=len(names),
                 progress=progress,
             )

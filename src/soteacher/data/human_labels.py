@@ -9,7 +9,7 @@ downloadable sets, or downloaded from their authors.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,8 @@ from soteacher.data.npz import Arrays, distribution_of, labels_of, read_arrays
 from soteacher.data.reason import reason
 from soteacher.errors import InputError
 
-LabelSource = Literal["cifar10h", "cifar10n"]
+LabelSource = Literal["cifar10h", "cifar10n", "cifar10n_others"]
+Annotators = Literal["cifar10n", "cifar10n_others"]
 TrainLabels = Literal["clean", "random_label1", "random_label2", "random_label3", "aggre_label", "worse_label"]
 
 CIFAR10H_URL = "https://raw.githubusercontent.com/jcpeterson/cifar-10h/master/data/"
@@ -78,36 +79,74 @@ def with_cifar10h(test: ImageSplit, root: Path, *, num_classes: int, progress: P
     return replace(test, label_distribution=distribution)
 
 
+def annotators_of(source: Annotators, labels: TrainLabels) -> tuple[str, ...]:
+    """Return the names of the annotators whose labels make a distribution to measure networks against.
+
+    ``cifar10n`` are all three. Where networks are trained on the labels of one of them, a distribution that holds these
+    very labels credits what is learnt by heart: ``cifar10n_others`` leaves that annotator out.
+
+    Args:
+        source: the label source.
+        labels: whose labels networks are trained on.
+
+    Raises:
+        InputError: ``cifar10n_others`` where the labels are made of all three annotators'.
+    """
+    if source == "cifar10n" or labels == "clean":
+        return _ANNOTATORS
+    if labels not in _ANNOTATORS:
+        raise InputError(
+            f"label source cifar10n_others leaves out the annotator whose labels are trained on, but {labels} is made "
+            "of all three, as aggre_label and worse_label are; train on one annotator's or on clean labels"
+        )
+    return tuple(name for name in _ANNOTATORS if name != labels)
+
+
+def annotators_source(sources: Sequence[LabelSource]) -> Annotators | None:
+    """Return which distribution of CIFAR-10N's annotators is among label sources, if any.
+
+    Raises:
+        InputError: both are.
+    """
+    if "cifar10n" in sources and "cifar10n_others" in sources:
+        raise InputError("label_sources has both cifar10n and cifar10n_others; wanted one of them")
+    if "cifar10n" in sources:
+        return "cifar10n"
+    return "cifar10n_others" if "cifar10n_others" in sources else None
+
+
 def with_cifar10n(
     train: ImageSplit,
     root: Path,
     *,
     labels: TrainLabels,
-    distribution: bool,
+    source: Annotators | None,
     num_classes: int,
     progress: Progress | None = None,
 ) -> ImageSplit:
-    r"""Return CIFAR-10's training split with annotators' labels, or with the distribution of three annotators.
+    r"""Return CIFAR-10's training split with annotators' labels, or with the distribution of some annotators.
 
-    .. math:: p_{ik} = \tfrac{1}{3} \sum_{a=1}^{3} [y_i^{(a)} = k]
+    .. math:: p_{ik} = \frac{1}{|A|} \sum_{a \in A} [y_i^{(a)} = k]
 
-    Read from ``ROOT/cifar10n.npz`` or the authors' ``ROOT/CIFAR-10_human.pt``, both with the arrays ``random_label1``
-    to ``random_label3``, ``aggre_label``, ``worse_label`` and ``clean_label``; the latter is downloaded if neither is
-    there.
+    with :math:`A` those of :func:`annotators_of`. Read from ``ROOT/cifar10n.npz`` or the authors'
+    ``ROOT/CIFAR-10_human.pt``, both with the arrays ``random_label1`` to ``random_label3``, ``aggre_label``,
+    ``worse_label`` and ``clean_label``; the latter is downloaded if neither is there.
 
     Args:
         train: all training images, in their official order, with their own labels.
         root: folder of downloadable sets.
         labels: whose labels take the place of the split's own, which are kept as its clean ones; ``"clean"``: nobody's.
-        distribution: whether the split gets the distribution.
+        source: which distribution the split gets, if any.
         num_classes: K.
         progress: told of a download.
 
     Raises:
-        InputError: the file cannot be had or read, does not hold a label for each image, or has another order.
+        InputError: the file cannot be had or read, does not hold a label for each image, or has another order; or see
+            :func:`annotators_of`.
 
     Source: https://github.com/UCSC-REAL/cifar-10-100n, folder ``data``.
     """
+    annotators = () if source is None else annotators_of(source, labels)
     names = ("cifar10n.npz", "CIFAR-10_human.pt")
     path = obtain_file([root / name for name in names], url=CIFAR10N_URL, progress=progress)
     arrays = read_arrays(path, required=_LABELS, optional=()) if path.suffix == ".npz" else _read_pt(path)
@@ -119,8 +158,8 @@ def with_cifar10n(
             f"clean_label of {path} agrees with {agreeing} of {train.num_examples} training labels; wanted all of "
             "them: its rows are not in the order of CIFAR-10's training images"
         )
-    if distribution:
-        train = replace(train, label_distribution=_shares([said[name] for name in _ANNOTATORS], num_classes))
+    if annotators:
+        train = replace(train, label_distribution=_shares([said[name] for name in annotators], num_classes))
     return train if labels == "clean" else replace(train, labels=said[labels], clean_labels=train.labels)
 
 

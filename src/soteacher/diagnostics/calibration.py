@@ -22,7 +22,8 @@ def log_probabilities(logits: Tensor) -> Tensor:
         logits: ``[N, K]``.
 
     Returns:
-        ``[N, K]``, nats, finite; float32, or float64 from float64 logits; no gradients flow.
+        ``[N, K]``, nats, finite; float32, or float64 from float64 logits; no gradients flow. What lies below the
+        lowest number of its type, as for the logits 3e38 and -3e38, is that number.
 
     Raises:
         InputError: another shape, no entries, no floats, or an entry that is NaN or infinite.
@@ -32,7 +33,7 @@ def log_probabilities(logits: Tensor) -> Tensor:
     finite = logits.isfinite()
     if not bool(finite.all()):
         raise InputError(f"{int((~finite).sum())} of {logits.numel()} logits are NaN or infinite; wanted finite ones")
-    return at_least_float32(logits.detach()).log_softmax(dim=1)
+    return _finite(at_least_float32(logits.detach()).log_softmax(dim=1))
 
 
 def brier_score(logits: Tensor, labels: Tensor) -> float:
@@ -114,7 +115,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
     _, labels = _checked(logits, labels)
     wide = at_least_float32(logits.detach())
-    offsets = wide - wide.amax(dim=1, keepdim=True)
+    offsets = _finite(wide - wide.amax(dim=1, keepdim=True))
     of_labels = offsets.gather(1, labels.unsqueeze(1)).squeeze(1)
 
     def slope(log_temperature: float) -> float:
@@ -154,7 +155,7 @@ def cross_fitted_logits(logits: Tensor, labels: Tensor, *, seed: int = 0) -> Ten
     calibrated = at_least_float32(logits.detach()).clone()
     for fitted, judged in ((order[::2], order[1::2]), (order[1::2], order[::2])):
         calibrated[judged] /= fit_temperature(logits[fitted], labels[fitted])
-    return calibrated
+    return _finite(calibrated)
 
 
 def calibration_figures(logits: Tensor, labels: Tensor, *, seed: int = 0) -> dict[str, float]:
@@ -217,10 +218,16 @@ def _checked(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return log_probabilities(logits), labels.to(logits.device, torch.int64)
 
 
+def _finite(values: Tensor) -> Tensor:
+    """Return values without infinite ones, which are the largest and the lowest of their type instead."""
+    limits = torch.finfo(values.dtype)
+    return values.clamp(limits.min, limits.max)
+
+
 def _errors(logits: Tensor, labels: Tensor) -> dict[str, float]:
     labels = labels.to(logits.device)
     return {
-        "nll": metrics.negative_log_likelihood(logits, labels),
+        "nll": -_mean(log_probabilities(logits).gather(1, labels.long().unsqueeze(1))),
         "brier": brier_score(logits, labels),
         "ece": metrics.expected_calibration_error(logits, labels),
         "adaptive_ece": adaptive_calibration_error(logits, labels),

@@ -19,7 +19,7 @@ from soteacher.diagnostics.pictures import png_of
 from soteacher.models.classifier import Classifier, NetworkSpec
 from soteacher.models.weights import weights_checksum
 
-__all__ = ["MOST_PASSES", "SCHEMA", "CardConfig", "make_card"]
+__all__ = ["MOST_PASSES", "SCHEMA", "CardConfig", "in_the_whole_split", "make_card"]
 
 SCHEMA = 1
 """Version of ``card.json``."""
@@ -127,3 +127,17 @@ def _most_different(look: Look, logits: dict[str, Tensor]) -> list[dict[str, Any
                     }
                 )
     return found
+
+
+def in_the_whole_split(card: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """Return a card whose training images are called by their rows in the whole split.
+
+    Args:
+        card: made of a part of the training split.
+        rows: ``[N]`` the rows of that part.
+    """
+    entries = [
+        {**entry, "row": int(rows[entry["row"]])} if entry["split"] == "train" else entry
+        for entry in card["most_different"]
+    ]
+    return {**card, "most_different": entries}

@@ -13,7 +13,7 @@ class CardConfig(Settings):
     """What a teacher card looks at, and how closely. All draws are random with a fixed seed."""
 
     examples: int | None = Field(default=2000, ge=2)
-    """Images of each split that it looks at, a class-balanced random sample; null: all."""
+    """Images of each split that it looks at, a random sample; null: all."""
     views: int = Field(default=6, ge=2, le=10)
     """Augmented views of each training image."""
     gradient_examples: int = Field(default=512, ge=1)
@@ -37,7 +37,7 @@ class FoldConfig(Settings):
     """Network: a name that ``soteacher models`` lists, or ``timm/NAME``."""
     folds: int = Field(default=5, ge=2)
     """Parts that the training examples are cut into; each is predicted by networks trained on the others."""
-    repeats: int = Field(default=1, ge=1)
+    repeats: int = Field(default=3, ge=1)
     """Networks for each fold, of different seeds; their probabilities are averaged."""
     epochs: int = Field(default=30, ge=1)
     """Passes of each network over its training examples."""

@@ -21,7 +21,7 @@ from soteacher.diagnostics.lipschitz import (
     log10_products,
 )
 from soteacher.diagnostics.look import MOST_PASSES, Look, affordable, batches_of, first_image
-from soteacher.diagnostics.passes import PassCounter, has_pooled_features, seen_views
+from soteacher.diagnostics.passes import PassCounter, has_pooled_features, running_modules, seen_views
 from soteacher.diagnostics.weights import weight_figures
 from soteacher.errors import InputError
 from soteacher.models.classifier import Classifier
@@ -31,7 +31,7 @@ from soteacher.randomness import derive_seed
 GRADIENT_IMAGES = 3
 """What a pass forward and back over an image counts."""
 LAYER_NORM_IMAGES = 2 + 50 * GRADIENT_IMAGES
-"""What the norms of the layers count: two forward passes, and power iterations of at most 50 rounds, on one image."""
+"""What the norms of the layers count: two forward passes, and iterations of at most 50 rounds, on one image."""
 
 
 def view_figures_of(
@@ -53,6 +53,7 @@ def view_figures_of(
     ):  # fmt: skip
         figures.add(view.logits, view.features)
         augmented = view.logits if augmented is None else augmented
+    look.notes.append("figures of predictions on augmented training images are those of one view of each")
     return figures.figures(), augmented
 
 
@@ -61,7 +62,11 @@ def _changes(augment: AugmentConfig) -> bool:
 
 
 def prediction_figures(look: Look, logits: dict[str, Tensor | None]) -> dict[str, Any]:
-    """Return what can be said from logits, labels and distributions alone, by split, and the fitted temperatures."""
+    """Return what can be said from logits, labels and distributions alone, by split, and the fitted temperatures.
+
+    The temperatures are fitted to all examples used of a split: nothing is judged by them, as it is by those that
+    :func:`~soteacher.diagnostics.calibration.cross_fitted_logits` fits to one half and uses on the other.
+    """
     figures: dict[str, Any] = {}
     splits = {**look.sample.splits, "train_augmented": look.train}
     with look.timed("calibration"):
@@ -127,7 +132,8 @@ def layer_figures(
     image = first_image(look)
     with look.timed("weights"):
         try:
-            weights = weight_figures(classifier.network, Composition(classifier, image))
+            pairs = Composition(classifier, image)
+            weights = weight_figures(classifier.network, pairs, running=running_modules(classifier, image))
         except InputError as error:
             look.notes.append(f"no figures of weights: {error}")
     with look.timed("layer_norms"):

@@ -69,7 +69,7 @@ class ViewFigures:
         which holds 1 / V of the variance over views: compare networks over equally many views.
 
         Returns:
-            ``prediction_variance``, in [0, 2]; ``feature_variance``, without a unit: what views do to the features
+            ``prediction_variance``, in [0, 1]; ``feature_variance``, without a unit: what views do to the features
             of an example, as a share of how far examples lie apart, 0 where no feature varies over the views, and None
             where they do but the examples have equal means or there is only one; ``true_class_stddev``.
 
@@ -120,13 +120,16 @@ def conditional_mutual_information(logits: Tensor, labels: Tensor, *, num_classe
     .. math:: \frac{1}{N} \sum_i \mathrm{KL}(p_i \,\|\, Q_{y_i}), \qquad
         Q_y = \frac{1}{N_y} \sum_{i : y_i = y} p_i
 
+    The mean prediction :math:`Q_y` of a class holds the very example that is compared with it: with few examples of a
+    class the value is too small, and it is 0 with one. Compare it only between equal numbers of examples of each class.
+
     Args:
         logits: ``[N, K]``.
         labels: ``[N]`` class ids.
         num_classes: K.
 
     Returns:
-        A number in [0, :math:`\log K`].
+        A number of at least 0. A class with :math:`N_y` examples adds at most :math:`\min(\log K, \log N_y)` for each.
 
     Raises:
         InputError: wrong shapes, types or class ids, logits that are not finite, or ``num_classes`` is not their K.
@@ -134,10 +137,10 @@ def conditional_mutual_information(logits: Tensor, labels: Tensor, *, num_classe
     Source: Ye et al., ICLR 2024, arXiv:2401.08732; see ``objectives/teacher/class_information.py``.
     """
     metrics.check_predictions(logits, labels)
-    log_probabilities(logits)
+    predictions = log_probabilities(logits)  # logits of the same predictions, and finite ones
     labels = labels.to(logits.device, torch.int64)
-    centroids = class_centroids(logits.detach(), labels, num_classes=num_classes)
-    divergences = divergence_from_centroids(logits.detach(), labels, centroids)
+    centroids = class_centroids(predictions, labels, num_classes=num_classes)
+    divergences = divergence_from_centroids(predictions, labels, centroids)
     return max(0.0, divergences.cpu().double().mean().item())  # rounding may leave less
 
 

@@ -38,7 +38,8 @@ def distribution_distances(logits: Tensor, distribution: Tensor) -> dict[str, fl
     """
     predictions, truth = _checked(logits, distribution)
     gaps = predictions.exp() - truth
-    divergences = (torch.xlogy(truth, truth) - truth * predictions).sum(dim=1)
+    wide = truth.cpu().double()  # in which no product with the lowest logarithm overflows
+    divergences = (torch.xlogy(wide, wide) - wide * predictions.cpu().double()).sum(dim=1)
     figures = {
         "mse": gaps.square().sum(dim=1),
         "kl": divergences.clamp(min=0),  # rounding may leave less

@@ -33,7 +33,7 @@ class LayerNorm:
     batch_norm: str | None
     """Path of the batch norm that takes in what a convolution puts out, and nothing else; counted with it."""
     norm_1: float
-    """Operator norm induced by the 1-norm; see ``composed_norm`` and ``induced_norm``."""
+    """Operator norm induced by the 1-norm; see ``Operator.norm``."""
     norm_2: float
     """Spectral norm, the largest singular value, on features of the size that the layer takes in."""
 
@@ -44,8 +44,8 @@ def layer_norms(classifier: nn.Module, images: Tensor) -> list[LayerNorm]:
     Operators are convolutions and linear layers with the batch norm that belongs to them, and batch norms by
     themselves, each once however often it runs, as they act in evaluation mode.
 
-    ``norm_1`` is exact inside the image for stride 1 and an upper bound otherwise; ``norm_2`` is exact but for the
-    power iteration of convolutions, see :func:`~soteacher.diagnostics.spectral_norm.spectral_norm`.
+    ``norm_1`` is exact inside the image; ``norm_2`` is exact for batch norms and all but large linear layers, and a
+    little less where it comes from an iteration, see :func:`~soteacher.diagnostics.spectral_norm.spectral_norm`.
 
     Cost: two forward passes over two images, and at most 50 passes forward and back of one image through each
     convolution, to the image alone: some 100 forward passes of one image in all.
@@ -178,7 +178,7 @@ def _back(places: Tensor, images: Tensor, radius: float) -> Tensor:
 def _scaled(directions: Tensor, length: float) -> Tensor:
     """Return the directions with this length; those of length 0 as they are."""
     lengths = _lengths(directions).view(-1, *[1] * (directions.ndim - 1))
-    return directions * (length / lengths.clamp(min=torch.finfo(lengths.dtype).tiny))
+    return torch.where(lengths > 0, directions / lengths * length, directions)
 
 
 def _slope(rises: Tensor, offsets: Tensor) -> Tensor:

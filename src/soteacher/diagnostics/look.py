@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from soteacher.data import DataSet, EvaluationLoader, ImageSplit, class_balanced_subset
+from soteacher.data import DataSet, EvaluationLoader, ImageSplit
 from soteacher.diagnostics.card_config import CardConfig
 from soteacher.diagnostics.passes import PassCounter
 from soteacher.errors import InputError
-from soteacher.randomness import derive_seed, generator
+from soteacher.randomness import generator
 
 MOST_PASSES = 15
 """Evaluation passes over the examples used that a card costs at most."""
@@ -70,7 +70,10 @@ class Look:
 
 
 def sample_of(data: DataSet, config: CardConfig, out_of_fold: Tensor | None) -> Sample:
-    """Return the examples that a card looks at: class-balanced random samples of both splits.
+    """Return the examples that a card looks at: random samples of both splits, without replacement.
+
+    Every example is as likely as any other, so that figures of a sample estimate those of its split. Samples of one
+    seed are nested: a smaller one lies within a larger one.
 
     Args:
         data: both splits.
@@ -88,7 +91,8 @@ def sample_of(data: DataSet, config: CardConfig, out_of_fold: Tensor | None) -> 
         if split.num_examples < 2:
             raise InputError(f"a card needs at least 2 images of each split, and {data.name} has 1 in {name}")
         count = min(config.examples or split.num_examples, split.num_examples)
-        rows[name] = class_balanced_subset(split.labels, count, derive_seed(config.seed, "card", name))
+        order = torch.randperm(split.num_examples, generator=generator(config.seed, "card", name))
+        rows[name] = order[:count].sort().values
     splits = {"train": data.train.subset(rows["train"]), "test": data.test.subset(rows["test"])}
     return Sample(splits=splits, rows=rows, out_of_fold=None if out_of_fold is None else out_of_fold[rows["train"]])
 

@@ -47,11 +47,35 @@ class PassCounter:
         self.images += 2 * count
 
 
+def _places_of_precision() -> list[tuple[Any, str, Any]]:
+    """Return where PyTorch keeps how exactly a GPU multiplies float32, as object, attribute and what makes it exact."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    if hasattr(cudnn, "conv"):  # since PyTorch 2.9, which refuses to read the old places once the new ones are used
+        return [(place, "fp32_precision", "ieee") for place in (cudnn.conv, cudnn.rnn, matmul)]
+    return [(place, "allow_tf32", False) for place in (cudnn, matmul)]
+
+
+@contextmanager
+def _exact_products() -> Generator[None, None, None]:
+    """Multiply float32 as float32 on GPUs, where by default convolutions round it to TF32: 10 of 23 bits."""
+    places = _places_of_precision()
+    before = [getattr(place, name) for place, name, _ in places]
+    try:
+        for place, name, exact in places:
+            setattr(place, name, exact)
+        yield
+    finally:
+        for (place, name, _), value in zip(places, before, strict=True):
+            setattr(place, name, value)
+
+
 @contextmanager
 def measured(
     classifier: Classifier, device: torch.device | str
 ) -> Generator[tuple[Classifier, PassCounter], None, None]:
     """Give a classifier as its figures are measured, on a device, in evaluation mode and float32, with a counter.
+
+    On CUDA too float32 is what it says: TF32 is off meanwhile, for the whole process.
 
     The caller's classifier is as it was afterwards. One of other numbers than float32 is copied, not converted: what
     float64 loses on the way would not come back.
@@ -65,7 +89,7 @@ def measured(
     classifier.to(device).eval()
     counter = PassCounter(classifier)
     try:
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(device.type, enabled=False), _exact_products():
             yield classifier, counter
     finally:
         counter.close()
@@ -105,6 +129,29 @@ def _check_no_probabilities(logits: Tensor) -> None:
     sums = logits.sum(dim=1)
     if bool((logits >= 0).all()) and bool(((sums - 1).abs() <= PROBABILITY_TOLERANCE).all()):
         raise InputError("the network puts out probabilities (no negative number, and a sum of 1), wanted logits")
+
+
+@torch.no_grad()
+def running_modules(classifier: Classifier, images: Tensor) -> set[torch.nn.Module]:
+    """Return the modules that are called in a forward pass.
+
+    Args:
+        classifier: in evaluation mode.
+        images: ``[B, C, H, W]`` on its device; they run through the network once.
+    """
+    running: set[torch.nn.Module] = set()
+
+    def note(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        del arguments
+        running.add(module)
+
+    handles = [module.register_forward_pre_hook(note) for module in classifier.modules()]
+    try:
+        classifier(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return running
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ Of normally distributed weights 0.08 % are that small.
 
 
 @torch.no_grad()
-def weight_figures(network: nn.Module, batch_norm_of: Mapping[str, str]) -> dict[str, float | None]:
+def weight_figures(
+    network: nn.Module, batch_norm_of: Mapping[str, str], *, running: Container[nn.Module] | None = None
+) -> dict[str, float | None]:
     r"""Return the share of weights that are near zero and of output channels that pass nothing on.
 
     ``near_zero`` is the share of the weights of all convolutions and linear layers with :math:`|w| \le 10^{-3} r`,
@@ -40,14 +42,20 @@ def weight_figures(network: nn.Module, batch_norm_of: Mapping[str, str]) -> dict
         network: the bare network.
         batch_norm_of: path of a convolution to that of its batch norm, as ``NetworkFacts.batch_norm_of`` has it; the
             two are one operator.
+        running: the modules that take part in the forward pass; only their weights and channels count. ``None``: all.
 
     Returns:
-        The two shares in [0, 1]; ``near_zero`` is ``None`` for a network of batch norms alone.
+        The two shares in [0, 1]; ``near_zero`` is ``None`` for a network of batch norms alone, and both where no layer
+        takes part.
 
     Raises:
         InputError: the network has no convolution, linear layer or batch norm, or not those that belong together.
     """
-    operators = network_operators(network, batch_norm_of)
+    operators = [
+        operator
+        for operator in network_operators(network, batch_norm_of)
+        if running is None or operator.layer in running
+    ]
     weights = [_weak(filters_of(op.layer).flatten()) for op in operators if not isinstance(op.layer, BATCH_NORMS)]
     channels = [_weak(_strengths(operator)) for operator in operators]
     return {"near_zero": _share(weights), "dead_channels": _share(channels)}

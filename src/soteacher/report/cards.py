@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -32,6 +32,8 @@ _IN_TABLE = (
     *("lipschitz.input_gradient_95", "lipschitz.largest_slope"),
 )
 """The figures of the table of teachers; the others are set against the students only."""
+MIN_DECISIVE_PAIRS = 6
+"""Pairs below which even a perfect order has an interval that holds 0."""
 
 
 def flat_figures(card: Mapping[str, Any]) -> dict[str, float]:
@@ -107,7 +109,12 @@ class TaughtStudent:
     name: str
     points: tuple[Point, ...]
     correlations: Mapping[str, RankCorrelation]
-    """By figure, strongest first; figures that fewer than four teachers have, or all alike, are left out."""
+    """See :func:`arm_correlations`."""
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """Teacher arms that it learnt from, in the order of their points."""
+        return tuple(dict.fromkeys(point.arm for point in self.points))
 
 
 def taught_students(record: RunRecord, teachers: Mapping[str, Sequence[NetworkRecord]]) -> list[TaughtStudent]:
@@ -128,7 +135,7 @@ def taught_students(record: RunRecord, teachers: Mapping[str, Sequence[NetworkRe
     for name, own in rows.items():
         networks = [network for group in teachers.values() for network in group]
         points = tuple(point for network in networks for point in _points(network, own, network.arm in seedless))
-        students.append(TaughtStudent(name=name, points=points, correlations=_correlations(points)))
+        students.append(TaughtStudent(name=name, points=points, correlations=arm_correlations(points)))
     return students
 
 
@@ -144,10 +151,35 @@ def _points(teacher: NetworkRecord, rows: Sequence[Mapping[str, Any]], seedless:
         yield Point(arm=teacher.arm, seed=teacher.seed, figures=figures, accuracy=fmean(reached))
 
 
-def _correlations(points: Sequence[Point]) -> dict[str, RankCorrelation]:
+def arm_means(points: Sequence[Point], name: str) -> dict[str, tuple[float, float]]:
+    """Return a figure and the student's accuracy by arm: means over those of its points that have the figure."""
+    by_arm: dict[str, list[Point]] = {}
+    for point in points:
+        if name in point.figures:
+            by_arm.setdefault(point.arm, []).append(point)
+    return {
+        arm: (_rounded_mean(one.figures[name] for one in own), _rounded_mean(one.accuracy for one in own))
+        for arm, own in by_arm.items()
+    }
+
+
+def _rounded_mean(values: Iterable[float]) -> float:
+    """Return a mean to 12 digits: equal means that differ in their last bit would have different ranks."""
+    return float(f"{fmean(values):.12g}")
+
+
+def arm_correlations(points: Sequence[Point]) -> dict[str, RankCorrelation]:
+    """Return the rank correlation of each figure with student accuracy over the arms' means, strongest first.
+
+    An arm is one pair, however many seeds it has: networks of one arm resemble one another, and counted one by one they
+    would make an interval narrower than it is. Figures that fewer than four arms have, or all alike, are left out.
+
+    Args:
+        points: of one student.
+    """
     found: dict[str, RankCorrelation] = {}
     for name in dict.fromkeys(name for point in points for name in point.figures):
-        pairs = [(point.figures[name], point.accuracy) for point in points if name in point.figures]
+        pairs = list(arm_means(points, name).values())
         correlation = rank_correlation([figure for figure, _ in pairs], [accuracy for _, accuracy in pairs])
         if correlation.value is not None:
             found[name] = correlation
@@ -171,7 +203,7 @@ def correlation_table(students: Sequence[TaughtStudent]) -> Table:
         (
             figure_words(name),
             *(
-                correlation_words(found) + (f" of {found.count}" if found and found.count < len(student.points) else "")
+                correlation_words(found) + (f" of {found.count}" if found and found.count < len(student.arms) else "")
                 for student in students
                 for found in [student.correlations.get(name)]
             ),
@@ -179,7 +211,7 @@ def correlation_table(students: Sequence[TaughtStudent]) -> Table:
         for name in sorted(by_name, key=lambda name: -fmean(by_name[name]))
     ]
     return Table(
-        columns=("figure of the teacher", *(f"{one.name}, {len(one.points)} points" for one in students)),
+        columns=("figure of the teacher", *(f"{one.name}, {len(one.arms)} kinds of teachers" for one in students)),
         rows=tuple(rows),
         numeric=(False, *[True] * len(students)),
     )
@@ -188,24 +220,25 @@ def correlation_table(students: Sequence[TaughtStudent]) -> Table:
 def correlation_notes(students: Sequence[TaughtStudent]) -> list[str]:
     """Return what keeps the correlations from saying more than they do."""
     looked_at = max(len(one.correlations) for one in students)
-    arms = len({point.arm for one in students for point in one.points})
     return [
-        "In brackets after rho, Spearman's rank correlation, stands its 95 % interval (Bonett and Wright 2000). A "
-        f"number after it says how many points have the figure, where not all do; fewer than {MIN_CORRELATED_PAIRS} "
-        "give no correlation.",
-        "A point is one teacher's network. Points of one arm share their method and so are not independent, although "
-        f"the interval takes them to be; with few arms, here {arms}, the interval is wide, and should be wider.",
+        "The correlation is Spearman's rho over kinds of teachers (arms): each is one pair, the mean figure of its "
+        "networks and the mean accuracy of their students. A number behind it says how many kinds have the figure, "
+        f"where not all do; fewer than {MIN_CORRELATED_PAIRS} give no correlation.",
+        "In brackets stands its 95 % interval (Bonett and Wright 2000). It is about other kinds of teachers, as though "
+        "these had been drawn at random from many; more seeds make the means surer, but only more kinds make it "
+        f"narrower. Below {MIN_DECISIVE_PAIRS} kinds it holds 0 in whatever order they stand. Kinds that share a term, "
+        "or of which one is an earlier state of another, are not quite independent, and it should be wider.",
         "A correlation is not a cause: a figure can go with student accuracy because both go with something else.",
         f"{looked_at} figures were looked at for each student. Of twenty figures that have nothing to do with student "
-        "accuracy, about one has an interval that excludes 0, and the strongest of many is stronger than it would be "
-        "in other runs.",
+        "accuracy, up to about one has an interval that excludes 0, and the strongest of many is stronger than it "
+        "would be in other runs.",
     ]
 
 
 def too_few_points(students: Sequence[TaughtStudent]) -> str:
     """Return why no student is set against the figures."""
-    most = max((len(one.points) for one in students), default=0)
-    wanted = f"{MIN_CORRELATED_PAIRS} teachers with a card that one student has learnt from"
+    most = max((len(one.arms) for one in students), default=0)
+    wanted = f"{MIN_CORRELATED_PAIRS} kinds of teachers (arms) with a card that one student has learnt from"
     found = {0: "there are none", 1: "there is 1"}.get(most, f"there are {most}")
     if most >= MIN_CORRELATED_PAIRS:
         found = "there are, but they do not differ in what they have in common"

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
 
-from soteacher.report.cards import Point, TaughtStudent, correlation_words, figure_words, in_its_unit
+from soteacher.report.cards import TaughtStudent, arm_means, correlation_words, figure_words, in_its_unit
 from soteacher.report.charts import COLOURS, MARKERS, Chart, chart_settings, empty_axes, svg_element
 
 MAX_PANELS = 11
@@ -22,7 +21,7 @@ def student_panels(index: int, student: TaughtStudent, arms: Sequence[str]) -> l
         student: with its points.
         arms: every teacher arm; an arm's place in it gives its colour and its mark.
     """
-    shown = [arm for arm in arms if any(point.arm == arm for point in student.points)]
+    shown = [arm for arm in arms if arm in student.arms]
     names = list(student.correlations)[:MAX_PANELS]
     panels = [_panel(f"cards-{index}-{place}", student, name, arms) for place, name in enumerate(names)]
     return [_legend(f"cards-{index}-legend", student, shown, arms), *panels]
@@ -44,7 +43,7 @@ def _legend(name: str, student: TaughtStudent, shown: Sequence[str], arms: Seque
             axes.text(0.06, row, arm, verticalalignment="center")
         axes.set(xlim=(-0.04, 1), ylim=(len(shown) - 0.5, -0.5))
         svg = svg_element(figure, name=name, title=f"Marks of the teachers of {student.name}")
-    caption = "Large marks are means over an arm's seeds, small ones the single seeds."
+    caption = "Large marks are means over an arm's seeds, which rho is of; faint ones are the single seeds."
     return Chart(title="Teachers", caption=caption, svg=svg)
 
 
@@ -53,13 +52,14 @@ def _panel(name: str, student: TaughtStudent, figure_name: str, arms: Sequence[s
 
     words = figure_words(figure_name)
     points = [point for point in student.points if figure_name in point.figures]
+    means = arm_means(points, figure_name)
     with chart_settings(name):
         figure, axes = empty_axes(3.6, 2.9)
-        for arm in dict.fromkeys(point.arm for point in points):
+        for arm, mean in means.items():
             colour, mark = _mark(arm, arms)
-            across, up = _places([point for point in points if point.arm == arm], figure_name)
-            axes.plot(across, up, mark, color=colour, markersize=4, alpha=0.6, markeredgewidth=0)
-            axes.plot([fmean(across)], [fmean(up)], mark, color=colour, markersize=8)
+            single = [(point.figures[figure_name], point.accuracy) for point in points if point.arm == arm]
+            axes.plot(*_places(single, figure_name), mark, color=colour, markersize=4, alpha=0.4, markeredgewidth=0)
+            axes.plot(*_places([mean], figure_name), mark, color=colour, markersize=8)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.ticklabel_format(useOffset=False)
@@ -67,11 +67,10 @@ def _panel(name: str, student: TaughtStudent, figure_name: str, arms: Sequence[s
         correlation = student.correlations[figure_name]
         title = f"{words}: rho {correlation_words(correlation)}"
         svg = svg_element(figure, name=name, title=f"Accuracy of {student.name} against {title}")
-    caption = f"{len(points)} teachers' networks."
+    caption = f"{len(means)} kinds of teachers, {len(points)} networks."
     return Chart(title=title, caption=caption, svg=svg)
 
 
-def _places(points: Sequence[Point], figure_name: str) -> tuple[list[float], list[float]]:
-    """Return where points lie: the figure in its unit, and the accuracy in per cent."""
-    across = [in_its_unit(figure_name, point.figures[figure_name]) for point in points]
-    return across, [100 * point.accuracy for point in points]
+def _places(pairs: Sequence[tuple[float, float]], figure_name: str) -> tuple[list[float], list[float]]:
+    """Return where pairs of figure and accuracy lie: the figure in its unit, and the accuracy in per cent."""
+    return [in_its_unit(figure_name, figure) for figure, _ in pairs], [100 * accuracy for _, accuracy in pairs]

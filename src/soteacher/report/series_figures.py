@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from soteacher.report.record import Role
@@ -12,6 +13,8 @@ Seeds = dict[int, float]
 """A figure of the networks of one arm, by seed."""
 Results = Mapping[str, Any]
 """What the ``results.json`` of a series holds."""
+Pair = tuple[float, float]
+"""How much farther a teacher is from what it should be than the reference, and how much higher its student's figure."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,11 +114,11 @@ def students_of(point: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     return found
 
 
-def pairs_within_points(results: Results, student: str, judged: Quantity) -> tuple[list[float], list[float]]:
-    """Return, for every teacher but the reference, how it and its student differ from those of the reference.
+def pairs_by_point(results: Results, student: str, judged: Quantity) -> list[dict[str, list[Pair]]]:
+    """Return, for each point, how every teacher but the reference and its student differ from those of the reference.
 
     Differences are taken within a point and a seed, so that nothing that an axis changes for all teachers alike is in
-    them.
+    them. A point without a pair has an empty entry.
 
     Args:
         results: of the series.
@@ -123,19 +126,38 @@ def pairs_within_points(results: Results, student: str, judged: Quantity) -> tup
         judged: what the students are judged by.
 
     Returns:
-        Differences of the teachers' :func:`closeness`, and of their students' figures, in one order.
+        Teacher to its pairs, one for each seed: differences of the teachers' :func:`closeness`, and of their students'
+        figures.
     """
     reference, key = reference_teacher(results), closeness(results).key
-    distances: list[float] = []
-    gains: list[float] = []
-    for point in results["points"]:
-        teachers, students = by_arm(point, "teacher", key), by_arm(point, "student", judged.key)
-        arms = students_of(point).get(student, {})
-        base, base_student = teachers.get(reference or "", {}), students.get(arms.get(reference or "", ""), {})
-        for teacher, arm in arms.items():
-            own, own_student = teachers.get(teacher, {}), students.get(arm, {})
-            shared = own.keys() & own_student.keys() & base.keys() & base_student.keys()
-            for seed in sorted(shared) if teacher != reference else ():
-                distances.append(own[seed] - base[seed])
-                gains.append(own_student[seed] - base_student[seed])
-    return distances, gains
+    return [_pairs(point, student, judged, reference or "", key) for point in results["points"]]
+
+
+def _pairs(point: Mapping[str, Any], student: str, judged: Quantity, reference: str, key: str) -> dict[str, list[Pair]]:
+    teachers, students = by_arm(point, "teacher", key), by_arm(point, "student", judged.key)
+    arms = students_of(point).get(student, {})
+    base, base_student = teachers.get(reference, {}), students.get(arms.get(reference, ""), {})
+    pairs: dict[str, list[Pair]] = {}
+    for teacher, arm in arms.items():
+        own, own_student = teachers.get(teacher, {}), students.get(arm, {})
+        shared = own.keys() & own_student.keys() & base.keys() & base_student.keys()
+        if shared and teacher != reference:
+            pairs[teacher] = [(own[seed] - base[seed], own_student[seed] - base_student[seed]) for seed in shared]
+    return pairs
+
+
+def arm_means(points: Iterable[Mapping[str, Sequence[Pair]]]) -> dict[str, Pair]:
+    """Return one pair for each teacher: its mean over the seeds of all points given.
+
+    A teacher is one pair, however many seeds and points it has: its networks resemble one another, and counted one by
+    one they would make an interval narrower than it is.
+    """
+    pairs: dict[str, list[Pair]] = {}
+    for point in points:
+        for teacher, own in point.items():
+            pairs.setdefault(teacher, []).extend(own)
+    return {
+        # Rounded, since equal means that differ in their last bit would have different ranks.
+        teacher: (round(fmean(distance for distance, _ in own), 12), round(fmean(gain for _, gain in own), 12))
+        for teacher, own in pairs.items()
+    }

@@ -1,4 +1,4 @@
-"""The page of a series of studies: a chart of every figure along every axis, paired differences, one rank correlation.
+"""The page of a series of studies: a chart of every figure along every axis, paired differences, rank correlations.
 
 It is made from the series' ``results.json`` and ``series.yaml`` alone.
 """
@@ -15,12 +15,20 @@ import yaml
 
 from soteacher.errors import InputError
 from soteacher.files import read_json, write_text
+from soteacher.report.cards import MIN_DECISIVE_PAIRS
 from soteacher.report.charts import Chart
 from soteacher.report.page import provenance, run_facts
 from soteacher.report.record import RunRecord
 from soteacher.report.series_charts import axis_chart
 from soteacher.report.series_figures import QUANTITIES, Results, along, closeness, reference_teacher
-from soteacher.report.series_tables import correlation_sentences, difference_table, tally_table, trend_table
+from soteacher.report.series_tables import (
+    correlation_sentences,
+    difference_table,
+    tally_table,
+    trend_table,
+    within_points_table,
+)
+from soteacher.statistics import MIN_CORRELATED_PAIRS
 
 
 def _sections(results: Results, vary: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -61,6 +69,9 @@ def write_series_report(folder: Path) -> Path:
         "points": [(point["name"], f"{point['folder']}/report.html") for point in results["points"]],
         "facts": run_facts(config.get("study") or {}),
         "correlations": correlation_sentences(results),
+        "min_correlated": MIN_CORRELATED_PAIRS,
+        "min_decisive": MIN_DECISIVE_PAIRS,
+        "within_points": within_points_table(results),
         "tally": tally_table(results),
         "reference": reference_teacher(results),
         "closeness": closeness(results).unit,

@@ -1,8 +1,8 @@
-"""A series of studies in tables and sentences: paired differences, changes along an axis, one rank correlation."""
+"""A series of studies in tables and sentences: paired differences, changes along an axis, rank correlations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from statistics import fmean
 from typing import Any, Literal
 
@@ -10,18 +10,21 @@ from soteacher.report.cards import correlation_words
 from soteacher.report.series_figures import (
     ACCURACY,
     NLL,
+    Pair,
     Quantity,
     Results,
     Seeds,
     along,
+    arm_means,
     by_arm,
     closeness,
-    pairs_within_points,
+    pairs_by_point,
     reference_teacher,
     students_of,
 )
 from soteacher.report.tables import Table, interval, percent, signed_points
 from soteacher.statistics import (
+    MIN_CORRELATED_PAIRS,
     PairedDifference,
     RankCorrelation,
     Verdict,
@@ -29,6 +32,10 @@ from soteacher.statistics import (
     rank_correlation,
     verdict,
 )
+
+CorrelationVerdict = Literal["they go together", "they go against each other", "inconclusive"]
+"""What is said of a teacher's distance and its student's figure."""
+_JUDGED = (ACCURACY, NLL)
 
 
 def _words(quantity: Quantity) -> tuple[Callable[[float], str], Callable[[float], str]]:
@@ -116,30 +123,87 @@ def trend_table(results: Results, axis: str) -> Table:
 
 
 def correlation_sentences(results: Results) -> list[dict[str, str]]:
-    """Return for each student, by accuracy and by NLL, whether those of closer teachers are better: reason, verdict."""
+    """Return for each student, by accuracy and by NLL, whether it goes with its teachers' distance: reason, verdict.
+
+    A kind of teacher (arm) is one pair, the mean of its differences to the reference over points and seeds. Where there
+    are too few of them, one sentence says so.
+    """
     sentences: list[dict[str, str]] = []
-    reference, quantity = reference_teacher(results), closeness(results)
-    for student in dict.fromkeys(name for point in results["points"] for name in students_of(point)):
-        for judged in (ACCURACY, NLL):
-            distances, gains = pairs_within_points(results, student, judged)
-            found = rank_correlation(distances, gains)
-            if found.value is None:
-                continue
-            word = "accuracy" if judged is ACCURACY else "NLL"
-            reason = (
-                f"{student}: over {found.count} teachers, each against {reference} of its point and seed, the rank "
-                f"correlation of {quantity.unit} with the student's test {word} is {correlation_words(found)}; by "
-                f"{word}, students of closer teachers are"
-            )
-            sentences.append({"reason": reason, "verdict": _judged(found, judged)})
+    for student in _students(results):
+        means = [(judged, arm_means(pairs_by_point(results, student, judged))) for judged in _JUDGED]
+        most = max(len(arms) for _, arms in means)
+        if 0 < most < MIN_CORRELATED_PAIRS:
+            sentences.append(_too_few(results, student, most))
+            continue
+        for judged, arms in means:
+            found = _correlation(arms.values())
+            if found.value is not None:
+                sentences.append({"reason": _reason(results, student, judged, found), "verdict": _judged(found)})
     return sentences
 
 
-def _judged(found: RankCorrelation, judged: Quantity) -> Literal["better", "worse", "inconclusive"]:
-    """Return what a correlation of distance and a student's figure says of students of closer teachers."""
+def _students(results: Results) -> list[str]:
+    return list(dict.fromkeys(name for point in results["points"] for name in students_of(point)))
+
+
+def _correlation(pairs: Iterable[Pair]) -> RankCorrelation:
+    pairs = list(pairs)
+    return rank_correlation([distance for distance, _ in pairs], [gain for _, gain in pairs])
+
+
+def _reason(results: Results, student: str, judged: Quantity, found: RankCorrelation) -> str:
+    return (
+        f"{student}: over {found.count} kinds of teachers, each the mean of its differences to "
+        f"{reference_teacher(results)} at the same point and seed, the teacher's {closeness(results).unit} and the "
+        f"student's test {_word(judged)} have the rank correlation {correlation_words(found)}:"
+    )
+
+
+def _too_few(results: Results, student: str, most: int) -> dict[str, str]:
+    reason = (
+        f"{student}: a rank correlation with the teacher's {closeness(results).unit} takes {MIN_CORRELATED_PAIRS} "
+        f"kinds of teachers (arms) besides {reference_teacher(results)}; there {'is' if most == 1 else 'are'} {most}:"
+    )
+    return {"reason": reason, "verdict": "not judged"}
+
+
+def _word(judged: Quantity) -> str:
+    return "accuracy" if judged is ACCURACY else "NLL"
+
+
+def _judged(found: RankCorrelation) -> CorrelationVerdict:
+    """Return what a correlation's interval allows to say."""
     if found.interval is None or found.interval[0] <= 0 <= found.interval[1]:
         return "inconclusive"
-    return "better" if (found.interval[1] < 0) == (judged is ACCURACY) else "worse"
+    return "they go together" if found.interval[0] > 0 else "they go against each other"
+
+
+def within_points_table(results: Results) -> Table:
+    """Return for each student and what it is judged by how its teachers' distance ranks it within single points.
+
+    A point's rank correlation is over its teachers' means over seeds, the reference among them. Points with fewer than
+    four teachers are left out. Points share their kinds of teachers, so nothing is concluded from how many agree.
+    """
+    rows: list[tuple[str, ...]] = []
+    for student in _students(results):
+        for judged in _JUDGED:
+            points = [arm_means([pairs]) for pairs in pairs_by_point(results, student, judged) if pairs]
+            # The reference's differences to itself are 0.
+            found = [_correlation([(0.0, 0.0), *arms.values()]).value for arms in points]
+            values = [value for value in found if value is not None]
+            if values:
+                positive = sum(value > 0 for value in values)
+                rows.append((student, _word(judged), _plain(fmean(values)), f"{positive} of {len(values)}"))
+    return Table(
+        columns=("student", "judged by", "mean rank correlation within a point", "points where it is above 0"),
+        rows=tuple(rows),
+        numeric=(False, False, True, True),
+    )
+
+
+def _plain(value: float) -> str:
+    text = f"{value:+.2f}"
+    return "+0.00" if text == "-0.00" else text
 
 
 def tally_table(results: Results) -> Table:

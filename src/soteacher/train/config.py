@@ -179,8 +179,8 @@ class TrainingConfig(Settings):
     calibrate: bool = False
     """Whether the logits are divided, in the end, by the temperature that fits the held-out images best."""
     route: tuple[Point, ...] = ()
-    """Points of the teacher's run whose weights teach one after the other before the finished teacher does, each for an
-    equal part of this run; none: the finished teacher throughout."""
+    """Points of the teacher's run, rising, whose weights teach one after the other before the finished teacher does,
+    each for an equal part of this run; none: the finished teacher throughout, as in a preparation."""
 
     @model_validator(mode="before")
     @classmethod
@@ -197,8 +197,8 @@ class TrainingConfig(Settings):
         """Return how the stage before the training is run."""
         epochs = epochs_at(self.preparation_epochs, self.epochs)
         changes = {
-            "epochs": epochs, "schedule": ConstantConfig(name="constant"), "save_every": None, "stop_after": None,
-            "averaging": None, "mixing": None, "route": (), "keep_best": None, "calibrate": False,
+            "epochs": epochs, "schedule": ConstantConfig(name="constant"), "stop_after": None, "averaging": None,
+            "mixing": None,
         }  # fmt: skip
         return self.model_copy(update=changes)
 
@@ -235,6 +235,8 @@ class TrainingConfig(Settings):
 
     @model_validator(mode="after")
     def _points_lie_in_the_run(self) -> TrainingConfig:
+        if list(self.route) != sorted(set(self.route)):
+            raise InputError(f"route must rise, got {list(self.route)}")
         points = {"preparation_epochs": self.preparation_epochs, "stop_after": self.stop_after}
         for name, point in points.items():
             try:

@@ -120,7 +120,8 @@ def _step(trainee: Trainee, batch: Batch, *, epoch: int, progress: float, seed: 
     }  # fmt: skip
     if trainee.teacher is None:
         return Step(**facts)
-    teacher = trainee.teacher.at(progress)
+    # Who teaches when goes by the epochs that are run, and not by those of the schedule.
+    teacher = trainee.teacher.at(progress * trainee.config.epochs / trainee.config.epochs_run())
     facts["teacher_views"] = {view: teacher(batch, view) for view in batch.views}
     return DistillStep(**facts, teacher=teacher(batch), teacher_parts=teacher.parts)
 

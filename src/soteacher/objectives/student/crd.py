@@ -177,7 +177,7 @@ class CRD(Objective[DistillStep]):
         self.features, self.teacher_features = (pair.student,), (pair.teacher,)
         self.student_embedding = nn.Linear(pair.student_shape[0], config.embedding_size)
         self.teacher_embedding = nn.Linear(pair.teacher_shape[0], config.embedding_size)
-        shape, bound = (others.num_examples, config.embedding_size), math.sqrt(3 / config.embedding_size)
+        shape, bound = (others.num_rows, config.embedding_size), math.sqrt(3 / config.embedding_size)
         self.register_buffer("student_memory", torch.empty(shape).uniform_(-bound, bound))
         self.register_buffer("teacher_memory", torch.empty(shape).uniform_(-bound, bound))
         self.register_buffer("log_normalizers", torch.full((2,), torch.nan))
@@ -236,7 +236,7 @@ class _OtherClasses(nn.Module):
     """Draws training examples of other classes, on the device: the examples stand in a row, sorted by class."""
 
     order: Tensor
-    """``[N]`` rows of the training set, class after class."""
+    """``[M]`` rows of the training set that are trained on, class after class."""
     starts: Tensor
     """``[K]`` where each class begins in the order."""
     sizes: Tensor
@@ -248,12 +248,13 @@ class _OtherClasses(nn.Module):
         if labels is None or labels.shape != (task.num_examples,):
             came = "none" if labels is None else list(labels.shape)
             raise InputError(f"crd draws from other classes: it needs labels [{task.num_examples}], got {came}")
-        sizes = labels.bincount(minlength=task.num_classes)
-        if task.num_examples <= int(sizes.max()):
+        rows = torch.arange(task.num_examples) if task.rows is None else task.rows
+        sizes = labels[rows].bincount(minlength=task.num_classes)
+        if len(rows) <= int(sizes.max()):
             raise InputError("crd draws from other classes: the training examples must be of at least two")
-        self.num_examples = task.num_examples
+        self.num_rows, self.num_examples = task.num_examples, len(rows)
         # They follow from the data set, so that no checkpoint needs to hold them.
-        self.register_buffer("order", labels.argsort(stable=True), persistent=False)
+        self.register_buffer("order", rows[labels[rows].argsort(stable=True)], persistent=False)
         self.register_buffer("starts", sizes.cumsum(0) - sizes, persistent=False)
         self.register_buffer("sizes", sizes, persistent=False)
 
@@ -262,7 +263,7 @@ class _OtherClasses(nn.Module):
         size = self.sizes[labels].unsqueeze(1)
         # From so wide a range the remainder is uniform to 1 in 10^11, and reaches every place at any size.
         wide = torch.randint(2**62, (len(labels), number), generator=generator, device=labels.device)
-        place = wide % (self.num_examples - size)
+        place = wide % (len(self.order) - size)
         # Places from the own class's beginning on stand behind its block.
         return self.order[place + size * (place >= self.starts[labels].unsqueeze(1))]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, final
@@ -31,21 +33,24 @@ this weight has 0.6 to 2.7 % of the length of that from cross-entropy. That is t
 steps of resnet8 the sum ended at 177 without the term, at 168 with 1e-4 and at 156 with 1e-3, with accuracies of 0.156,
 0.152 and 0.154 on 4,000 test images (standard error 0.006). With 1e-2 the factors of the batch norms collapsed and
 nothing was learnt; deeper networks have larger sums, so the default keeps away from that.
+
+In all of that a convolution with a stride still counted with all its taps. Without those that cannot meet, the sum of
+these networks is 6 to 15 % smaller when they are new, and its gradient 4 to 11 % shorter.
 """
 
 
 def composed_norm(convolution: nn.Module, batch_norm: nn.Module) -> Tensor:
     r"""Operator norm of a convolution followed by its batch norm, induced by the 1-norm.
 
-    .. math:: \max_i \sum_o \frac{|\gamma_o|}{\sqrt{v_o + \epsilon}} \sum_t |W_{o i t}|
+    .. math:: \max_{i, r} \sum_o \frac{|\gamma_o|}{\sqrt{v_o + \epsilon}} \sum_{t \in M_r} |W_{o i t}|
 
-    with :math:`i` input channels, :math:`o` the output channels joined to :math:`i` (those of its group), :math:`t` the
-    taps of the kernel, and :math:`\gamma` and :math:`v` the batch norm's factors and running variances. Biases and
-    means do not change the norm.
+    with :math:`i` input channels, :math:`o` the output channels joined to :math:`i` (those of its group), :math:`M_r`
+    the taps of the kernel that one input pixel meets (all of them with stride 1, see :func:`meeting_taps`), and
+    :math:`\gamma` and :math:`v` the batch norm's factors and running variances. Biases and means do not change it.
 
-    The value is that of the linear part in evaluation mode. It is reached where an input pixel meets every tap: inside
-    the image, with stride 1. With a larger stride, or an image smaller than the kernel, it is an upper bound. Copies of
-    border pixels (``reflect`` or ``replicate`` padding) are not counted.
+    The value is that of the linear part in evaluation mode. It is reached inside the image; for one too small to hold
+    the taps that meet it is an upper bound. Copies of pixels at a border are not counted (``reflect`` or ``replicate``
+    padding, and ``circular`` padding with a stride).
 
     **The gradient** is not that of the formula. In training the variances follow the filters: halving :math:`W_o`
     halves :math:`\sqrt{v_o}` and changes nothing in what the network computes, but by the formula's own gradient, with
@@ -89,8 +94,43 @@ def composed_norm(convolution: nn.Module, batch_norm: nn.Module) -> Tensor:
     if batch_norm.affine:
         gain = gain * at_least_float32(batch_norm.weight).abs().view(groups, -1)
     # A filter of zeros has length 0: its direction is taken to be 0, and its gradient with it.
-    directions = torch.linalg.vector_norm(filters, ord=1, dim=3) / _positive(lengths).unsqueeze(2)
-    return (gain.unsqueeze(2) * directions).sum(dim=1).amax()
+    directions = meeting_taps(convolution) / _positive(lengths)[:, :, None, None]
+    return (gain[:, :, None, None] * directions).sum(dim=1).amax()
+
+
+def meeting_taps(layer: nn.Module) -> Tensor:
+    r"""Sum the absolute values of the taps that one input pixel meets, for each way in which it can lie.
+
+    .. math:: \sum_{t \in M_r} |W_{o i t}|, \qquad M_r = \{t : t_j d_j \equiv r_j \pmod{s_j}
+        \text{ in each dimension } j\}
+
+    Place :math:`p` of a convolution's output sees the pixel :math:`p s + t d`, less the padding, by tap :math:`t`, with
+    stride :math:`s` and dilation :math:`d`. So a pixel meets only taps whose offsets leave the same remainder. With
+    stride 1, and in a transposed convolution or a linear layer, it meets them all.
+
+    Args:
+        layer: a convolution (1-3 dimensions, transposed or not) or a linear layer.
+
+    Returns:
+        ``[groups, output channels of each, input channels of each, remainders]``, at least float32, without remainders
+        that no tap has; gradients flow.
+
+    Raises:
+        InputError: a layer of another kind.
+    """
+    filters = filters_of(layer)
+    if not isinstance(layer, CONVOLUTIONS):
+        return torch.linalg.vector_norm(filters, ord=1, dim=3, keepdim=True)
+    taps = filters.unflatten(3, layer.kernel_size)
+    periods = [
+        stride // math.gcd(stride, dilation) for stride, dilation in zip(layer.stride, layer.dilation, strict=True)
+    ]
+    starts = [range(min(period, size)) for period, size in zip(periods, layer.kernel_size, strict=True)]
+    sums: list[Tensor] = []
+    for first in itertools.product(*starts):
+        places = tuple(slice(start, None, period) for start, period in zip(first, periods, strict=True))
+        sums.append(torch.linalg.vector_norm(taps[(..., *places)].flatten(3), ord=1, dim=3))
+    return torch.stack(sums, dim=3)
 
 
 def filters_of(layer: nn.Module) -> Tensor:
@@ -127,8 +167,16 @@ class Operator:
     """What follows a convolution; ``None`` for a layer by itself, a batch norm among them."""
 
     def norm(self) -> Tensor:
-        """Return the norm induced by the 1-norm: :func:`composed_norm`, or that of the layer by itself."""
-        return induced_norm(self.layer) if self.batch_norm is None else composed_norm(self.layer, self.batch_norm)
+        """Return the norm induced by the 1-norm: :func:`composed_norm`, or that of the layer by itself.
+
+        Without a batch norm it is the same formula without the factors: exact also where ``induced_norm`` only bounds
+        a convolution, with a stride.
+        """
+        if self.batch_norm is not None:
+            return composed_norm(self.layer, self.batch_norm)
+        if isinstance(self.layer, BATCH_NORMS):
+            return induced_norm(self.layer)
+        return meeting_taps(self.layer).sum(dim=1).amax()
 
 
 def network_operators(network: nn.Module, batch_norm_of: Mapping[str, str]) -> list[Operator]:
@@ -167,8 +215,9 @@ def joint_lipschitz_sum(network: nn.Module, batch_norm_of: Mapping[str, str]) ->
 
     .. math:: \sum_{(W, \gamma)} \lVert \mathrm{BN}_\gamma \circ W \rVert_1 + \sum_{\text{others}} \lVert W \rVert_1
 
-    Unlike ``lipschitz_bound_sum`` it does not change when a convolution and its batch norm's statistics are scaled
-    together, which leaves the network the same function.
+    Each is that of :meth:`Operator.norm`, exact also with a stride. Unlike ``lipschitz_bound_sum`` the sum does not
+    change when a convolution and its batch norm's statistics are scaled together, which leaves the network the same
+    function.
 
     Args:
         network: the bare network.

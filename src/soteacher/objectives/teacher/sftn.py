@@ -160,7 +160,8 @@ METHOD = Method(
         "The weights 1, 3 and 1, the temperature 1, the direction of the divergence and that its gradient reaches the "
         "teacher's logits are from memory of the paper, not checked against it or the authors' code. Connectors (1x1 "
         "convolution and batch normalisation, resized where maps differ in size), which stages stand beside each "
-        "other, and that branches have no running statistics are ours."
+        "other, and that branches have no running statistics are ours. Branches are summed, not averaged (from memory "
+        "the paper averages over them), so that their weight beside the cross-entropy grows with their number."
     ),
     terms={"cross_entropy": {"weight": 1.0}, "sftn": {"weight": 1.0}},
 )
