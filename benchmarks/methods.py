@@ -97,7 +97,7 @@ def _steps(study: Study, name: str, made: Assembled, stage: Stage) -> Callable[[
     """Return a function that takes the next step of a stage of a method, loading of the batch included."""
     spec = study.config.students[name]
     training = study.config.training_of(spec)
-    trainee = make_trainee(study, Job("student", name, 0), made, _teacher(study), training, stage)
+    trainee = make_trainee(study, Job("student", name, 0), made, [_teacher(study)], training, stage)
     batches = _batches(study, made, stage, training.batch_size)
     numbers = count()
     trainee.forward.train()

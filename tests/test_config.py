@@ -110,7 +110,7 @@ def test_to_yaml_reads_back_equal(tmp_path: Path) -> None:
         ("seeds", [], "seeds: seeds must be at least one and all different, got []"),
         ("seeds", [1, 1], "seeds: seeds must be at least one and all different, got [1, 1]"),
         ("seeds", [-1], "seeds.0: should be greater than or equal to 0, got -1"),
-        ("seeds", 3, "seeds: should be a valid tuple, got 3"),
+        ("seeds", 3, "seeds: should be a list, such as [a, b], got 3"),
         ("name", "a/b", "name: String should match pattern"),
         ("baseline", "standart-kd", "unknown baseline arm 'standart-kd'; did you mean standard-kd"),
         ("students.kd.baseline", "kd", "unknown baseline arm 'kd'"),

@@ -114,7 +114,11 @@ def _state(**over: Any) -> dict[str, torch.Tensor]:
     ("write", "model", "message"),
     [
         (_foreign({"weight": _Runs()}), "resnet8", "is refused: reading it would run code ("),
-        (_foreign(_state()), None, "does not say which network it is: name its model (see soteacher models)"),
+        (
+            _foreign(_state()),
+            None,
+            "does not say which network it is: name its model (in a command --model or --teacher-model; see",
+        ),
         (_foreign(_state()), "resnet9", "resnet9"),
         (_foreign(_state(strange=torch.zeros(2))), "resnet8", "1 not known to it (strange)"),
         (_foreign({k: v for k, v in _state().items() if "conv1" not in k}), "resnet8", "missing ("),

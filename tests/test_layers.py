@@ -13,13 +13,15 @@ RANK = {  # a module may import lower ranks and itself; equal ranks do not impor
     "report": 6, "method_pages": 6, "run_folder": 6, "pool": 6,
     "jobs": 7,
     "assembly": 8, "kept_epochs": 8,
-    "networks": 9,
-    "out_of_fold": 10,
-    "studies": 11,
-    "recipes": 12, "worker": 12,
-    "series": 13,
-    "api": 14, "terminal": 14,
-    "cli": 15,
+    "finished": 9,
+    "networks": 10,
+    "out_of_fold": 11,
+    "study_checks": 12,
+    "studies": 13,
+    "recipes": 14, "worker": 14,
+    "series": 15,
+    "api": 16, "terminal": 16,
+    "cli": 17,
 }  # fmt: skip
 SOURCE = Path(__file__).parents[1] / "src" / "soteacher"
 

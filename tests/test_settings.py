@@ -96,7 +96,7 @@ def test_parse_returns_frozen_settings() -> None:
         ({"title": "one", "as": "3"}, "as: wanted a whole number, got '3'"),
         ({"title": "one", "shape": {"kind": "round", "radius": True}}, "shape.radius: wanted a number, got True"),
         ({"title": "one", "shapes": {"a": {"radius": "1"}}}, "shapes.a.radius: wanted a number, got '1'"),
-        ({"title": "one", "places": 5}, "places: should be a valid tuple, got 5"),
+        ({"title": "one", "places": 5}, "places: should be a list, such as [a, b], got 5"),
         ({"title": ["a" * 100]}, f"title: should be a valid string, got ['{'a' * 55}..."),
     ],
 )

@@ -347,8 +347,10 @@ def test_a_finished_teacher_gets_its_card_when_the_study_comes_to_ask_for_one(tm
     run = tmp_path / "run"
     train(teachers(plain={}), run)
     assert not (run / "teachers/plain/seed0/card.json").exists()
-    train(teachers(plain={}) | {"card": LOOK}, run, resume=True)
+    folds = {"model": "tiny", "folds": 2, "epochs": 1, "repeats": 1}
+    train(teachers(plain={}) | {"card": LOOK, "folds": folds}, run, resume=True)
     assert (run / "teachers/plain/seed0/card.html").exists()
+    assert read_json(run / "teachers/plain/seed0/card.json")["figures"]["distance"]["train_out_of_fold"]["mse"] > 0
 
 
 def test_folds_without_cards_are_refused(teachers) -> None:

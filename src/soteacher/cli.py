@@ -244,10 +244,13 @@ def card(
     of_folds = _given(folds=folds, model=fold_model, epochs=fold_epochs, repeats=fold_repeats)
     if of_folds and folds is None:
         raise InputError("--fold-model, --fold-epochs and --fold-repeats are about folds; give --folds too")
-    made = api.card(
-        network, data, out, model=model, look=_given(examples=examples, views=views), folds=of_folds or None,
-        settings=settings or (), data_root=data_root, device=device.value, on_fold=_tell_fold,
-    )  # fmt: skip
+    try:
+        made = api.card(
+            network, data, out, model=model, look=_given(examples=examples, views=views), folds=of_folds or None,
+            settings=settings or (), data_root=data_root, device=device.value, on_fold=_tell_fold,
+        )  # fmt: skip
+    except InterruptedRunError as error:
+        raise InterruptedRunError(f"{error}; go on with the same command") from None
     _print_card(made, out)
 
 

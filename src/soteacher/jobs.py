@@ -159,7 +159,9 @@ def load_teacher_file(study: Study, spec: FileTeacher) -> tuple[Classifier, Netw
         if spec.model is not None:
             network = network.model_copy(update={"model": spec.model})
     elif spec.model is None:
-        raise InputError(f"{path} does not say which network it is: name its model (see soteacher models)")
+        raise InputError(
+            f"{path} does not say which network it is: name its model (in a command --model or --teacher-model; see soteacher models)"
+        )
     else:
         network = _network_spec(study, spec.model, pretrained=False)
         own: dict[str, Any] = {"mean": spec.mean or network.mean, "std": spec.std or network.std}

@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -21,16 +19,15 @@ from soteacher.assembly import Assembled, assemble
 from soteacher.config import FileTeacher, SavedTeacher, Student, TrainedTeacher
 from soteacher.data import EvaluationLoader, TrainLoader
 from soteacher.diagnostics.calibration import brier_score, fit_temperature
-from soteacher.diagnostics.card import in_the_whole_split, make_card
-from soteacher.environment import PeakMemory, environment
-from soteacher.files import read_json, write_tensors, write_text
+from soteacher.environment import PeakMemory
+from soteacher.files import read_json, write_tensors
+from soteacher.finished import finish, take_file, take_saved, write_lines
 from soteacher.jobs import (
     Job,
     OnEvent,
     Study,
     evaluation_batches,
     load_finished,
-    load_teacher_file,
     restored,
     rows_of,
     spec_of,
@@ -43,42 +40,33 @@ from soteacher.kept_epochs import (
     criteria_to_keep,
     epoch_weights,
     epochs_to_keep,
-    history_of,
-    saved_state,
     weights_after,
 )
-from soteacher.models.classifier import Classifier, NetworkSpec
+from soteacher.models.classifier import Classifier
 from soteacher.models.parts import Parts, evaluating
 from soteacher.models.taps import Tapped, resolve_taps
 from soteacher.models.temperature import divide_logits
-from soteacher.models.weights import load_weights, read_weights, save_classifier, weights_checksum
+from soteacher.models.weights import load_weights, read_weights, weights_checksum
 from soteacher.objective import Stage
 from soteacher.randomness import derive_seed
-from soteacher.report.card_page import CARD_FILE, write_card
-from soteacher.run_folder import OUT_OF_FOLD, PREDICTIONS
 from soteacher.train.averaging import WeightAverage
 from soteacher.train.checkpoint import Checkpoint
 from soteacher.train.config import TrainingConfig
-from soteacher.train.evaluate import Evaluation, evaluate, predict
+from soteacher.train.evaluate import evaluate, predict
 from soteacher.train.logs import open_loggers
 from soteacher.train.loop import StepReport, Trainee, fabric_for, fit
 from soteacher.train.optimizer import backward_for, build_optimizer
 from soteacher.train.teacher_signal import LiveTeacher, RouteOfTeachers, TeacherSchedule
 from soteacher.types import Outputs, Step
 
-NO_COSTS: dict[str, Any] = dict.fromkeys(
-    ("preparation_seconds", "seconds_per_step", "extra_parameters", "peak_memory_bytes")
-)
-"""Of a network that was not trained here."""
-
 
 def train_network(study: Study, job: Job, *, on_event: OnEvent, should_stop: Callable[[], bool]) -> None:
     """Train one network of a study, from its start or from its last state, and save it."""
     spec = spec_of(study.config, job)
     if isinstance(spec, SavedTeacher):
-        _take_saved(study, job, spec)
+        take_saved(study, job, spec)
     elif isinstance(spec, FileTeacher):
-        _take_file(study, job, spec)
+        take_file(study, job, spec)
     else:
         _train(study, job, spec, on_event=on_event, should_stop=should_stop)
     on_event(job, {"event": "finished", "row": read_json(study.folder_of(job) / "model.json")["row"]})
@@ -129,7 +117,7 @@ def _train(
         "extra_parameters": made.extra_parameters(),
         "peak_memory_bytes": memory.bytes(),
     }
-    _finish(study, job, made.classifier, made.network, history, facts, costs)
+    finish(study, job, made.classifier, made.network, history, facts, costs)
     preparation.remove()
     checkpoint.remove()
 
@@ -165,7 +153,7 @@ def _prepare(
         trainee, _batches(study, job, made, own, "preparation"), measure=dict[str, float],
         checkpoint=checkpoint, on_epoch=on_epoch, on_step=on_step, should_stop=should_stop,
     )  # fmt: skip
-    _write_lines(study.folder_of(job) / "preparation.jsonl", history)
+    write_lines(study.folder_of(job) / "preparation.jsonl", history)
     if not any(term.objective.trains_network for term in trainee.terms):
         made.classifier.load_state_dict(first)  # batch normalisation has seen the batches; nothing else has changed
     return history
@@ -317,7 +305,7 @@ def _fit(
 
     def on_epoch(line: dict[str, Any]) -> None:
         lines.append(line)
-        _write_lines(folder / "metrics.jsonl", lines)
+        write_lines(folder / "metrics.jsonl", lines)
         if len(lines) in wanted:
             write_tensors(epoch_weights(folder, len(lines)), trainee.network.state_dict())
         for criterion in criteria:
@@ -338,117 +326,6 @@ def _fit(
     finally:
         for logger in loggers:
             logger.close()
-
-
-def _finish(
-    study: Study,
-    job: Job,
-    classifier: Classifier,
-    network: NetworkSpec,
-    history: list[dict[str, Any]],
-    facts: Mapping[str, Any],
-    costs: Mapping[str, Any] | None = None,
-) -> None:
-    """Evaluate a trained network once more and write it with its row of the results."""
-    classifier.to(study.device)
-    splits = {"test": study.data.test, "train": study.data.train.subset(rows_of(study, job)[0])}
-    figures = {name: evaluate(classifier, evaluation_batches(split, study.device)) for name, split in splits.items()}
-    row = _row(study, job, network, history, figures, method=facts["method"], parameters=_count(classifier))
-    row |= costs or NO_COSTS
-    everything = {
-        "role": job.role, "arm": job.arm, "seed": job.seed, "row": row, **facts,
-        "data": study.config.data.model_dump(mode="json"),
-        "environment": environment(study.device, torch.get_num_threads()),
-        "reliability": {split: figure.reliability for split, figure in figures.items()},
-    }  # fmt: skip
-    if job.role == "teacher":
-        _write_card(study, job, classifier, network)
-    save_classifier(study.folder_of(job), classifier, network, everything)
-
-
-def write_missing_card(study: Study, job: Job) -> None:
-    """Make the card of a finished teacher, where the study has come to ask for cards since."""
-    if job.role == "teacher" and not (study.folder_of(job) / CARD_FILE).exists():
-        classifier, network = load_finished(study, job)
-        _write_card(study, job, classifier.to(study.device), network)
-
-
-def _write_card(study: Study, job: Job, classifier: Classifier, network: NetworkSpec) -> None:
-    """Make a teacher's card, if the study wants one; its training images are those that it was trained on."""
-    if study.config.card is None:
-        return
-    rows, out_of_fold = rows_of(study, job)[0], None
-    if study.config.folds is not None:
-        with np.load(study.folder / OUT_OF_FOLD / PREDICTIONS) as file:
-            out_of_fold = torch.from_numpy(file["probabilities"])[rows]
-    card = make_card(
-        classifier, network, replace(study.data, train=study.data.train.subset(rows)), study.config.data.augment,
-        study.config.card, device=study.device, out_of_fold=out_of_fold,
-    )  # fmt: skip
-    write_card(study.folder_of(job), in_the_whole_split(card, rows))
-
-
-def _row(
-    study: Study,
-    job: Job,
-    network: NetworkSpec,
-    history: list[dict[str, Any]],
-    figures: Mapping[str, Evaluation],
-    *,
-    method: str,
-    parameters: int,
-) -> dict[str, Any]:
-    """Return the line of ``results.json`` for a network.
-
-    The network that is kept is the headline: the last epoch's, unless its training asks for another one by images that
-    are held out of training. The best on the test images selects nothing.
-    """
-    teacher = teacher_of(study.config, job)
-    accuracies = [line["test_accuracy"] for line in history] or [figures["test"].accuracy]
-    seconds = sum(line["seconds"] for line in history)
-    images = sum(line["images_per_second"] * line["seconds"] for line in history)
-    return {
-        "role": job.role,
-        "arm": job.arm,
-        "teacher_arm": teacher.arm if teacher else None,
-        "method": method,
-        "model": network.model,
-        "data": study.data.name,
-        "seed": job.seed,
-        "epochs": len(history),
-        "accuracy_last": figures["test"].accuracy,
-        "accuracy_best": max(*accuracies, figures["test"].accuracy),
-        "accuracy_mean_last_10": sum(accuracies[-10:]) / len(accuracies[-10:]),
-        "train_accuracy": figures["train"].accuracy,
-        "nll": figures["test"].nll,
-        "ece": figures["test"].ece,
-        "train_seconds": seconds,
-        "images_per_second": images / seconds if seconds else None,
-        "parameters": parameters,
-    }
-
-
-def _take_saved(study: Study, job: Job, spec: SavedTeacher) -> None:
-    """Make a teacher of an earlier state of another one."""
-    source = Job("teacher", spec.teacher, job.seed)
-    epochs, path = saved_state(study, source, spec)
-    folder = study.folder_of(source)
-    facts = read_json(folder / "model.json")
-    history = history_of(folder)[:epochs]
-    network = NetworkSpec(**facts["network"])
-    classifier = restored(study, network, path)
-    _write_lines(study.folder_of(job) / "metrics.jsonl", history)
-    kept_facts = {key: facts[key] for key in ("method", "terms", "training")}
-    own_facts = {"from": source.arm, "kept_epochs": epochs, "fingerprint": f"{facts['fingerprint']}-after-{epochs}"}
-    _finish(study, job, classifier, network, history, {**kept_facts, **own_facts})
-
-
-def _take_file(study: Study, job: Job, spec: FileTeacher) -> None:
-    """Make a teacher of a file."""
-    classifier, network = load_teacher_file(study, spec)
-    _write_lines(study.folder_of(job) / "metrics.jsonl", [])
-    facts = {"method": "file", "fingerprint": weights_checksum(classifier.network)}
-    _finish(study, job, classifier, network, [], facts)
 
 
 def _fingerprint(study: Study, job: Job, made: Assembled, spec: TrainedTeacher | Student) -> str:
@@ -476,14 +353,6 @@ def _held_out_figures(classifier: nn.Module, held_out: EvaluationLoader) -> dict
     }
 
 
-def _count(classifier: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in classifier.parameters())
-
-
 def _figures(line: Mapping[str, Any]) -> dict[str, float]:
     losses = {f"losses/{name}": value for name, value in line["losses"].items()}
     return {key: value for key, value in line.items() if isinstance(value, float)} | losses
-
-
-def _write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    write_text(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines))

@@ -17,6 +17,8 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 _WANTED: dict[Any, str] = {bool: "true or false", int: "a whole number", float: "a number"}
+_WORDS = {"tuple_type": "should be a list, such as [a, b]", "list_type": "should be a list, such as [a, b]"}
+"""Our words for errors whose own ones name types of Python."""
 _SCIENTIFIC = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+")
 """Numbers such as ``1e-5``, which YAML 1.1 reads as text."""
 
@@ -123,7 +125,7 @@ def _one_line(error: ValidationError, value: Any, place: str) -> str:
         known = [tag.strip(" '") for tag in context["expected_tags"].split(",")]
         text = str(unknown_name(context["discriminator"].strip("'"), context["tag"], known))
     else:
-        text = f"{first['msg'].removeprefix('Input ')}, got {shortened(first['input'])}"
+        text = f"{_WORDS.get(first['type'], first['msg'].removeprefix('Input '))}, got {shortened(first['input'])}"
     return f"{where}: {text}" if where else text
 
 

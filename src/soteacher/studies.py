@@ -18,39 +18,32 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import nn
 
 import soteacher
-from soteacher.assembly import assemble, examples_of, look_at
-from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher
+from soteacher.config import FileTeacher, Student, StudyConfig, TrainedTeacher
 from soteacher.data import load_data
 from soteacher.diagnostics.card_config import FoldConfig
 from soteacher.environment import environment
 from soteacher.errors import InputError, InterruptedRunError
 from soteacher.files import read_json, write_json
+from soteacher.finished import lacks_card, write_missing_card
 from soteacher.jobs import (
     Job,
     NetworkFactory,
     OnEvent,
     Study,
     jobs_of,
-    load_teacher_file,
     new_classifier,
-    rows_of,
     spec_of,
 )
 from soteacher.kept_epochs import check_saved
-from soteacher.models.classifier import Classifier
-from soteacher.models.parts import Parts
-from soteacher.models.temperature import divide_logits
-from soteacher.models.zoo import check_network
-from soteacher.networks import train_network, write_missing_card
-from soteacher.out_of_fold import fold_studies, out_of_fold_predictions
+from soteacher.networks import train_network
+from soteacher.out_of_fold import out_of_fold_predictions
 from soteacher.pool import Work, available_cores, default_workers, run_side_by_side
 from soteacher.report import write_report
 from soteacher.run_folder import LOG, STATE, claim, locked, network_folder, read_config
 from soteacher.statistics import summarise
-from soteacher.train.logs import check_loggers
+from soteacher.study_checks import check_names, check_networks, check_out_of_fold
 
 SCHEMA = 1
 
@@ -90,11 +83,11 @@ def run_study(
         WorkerDiedError: a worker process was killed.
     """
     device, workers = pick_device(device), _checked_workers(workers, factories)
-    _check_names(config, factories or {})
+    check_names(config, factories or {})
     study = Study(config, folder, load_data(config.data, data_root, progress=on_download), device, factories or {})
-    _check_networks(study)
+    check_networks(study)
     check_saved(study)
-    _check_out_of_fold(study)
+    check_out_of_fold(study)
     cores = available_cores()
     plan = default_workers(cores, _width(config), device)
     if workers is not None:
@@ -110,7 +103,7 @@ def run_study(
         waiting = {job: needed for job, needed in jobs_of(study.config).items() if not study.finished(job)}
         report = on_event or _ignore
         with stop_requested() as should_stop:
-            if config.folds is not None and any(job.role == "teacher" for job in waiting):
+            if config.folds is not None and any(lacks_card(study, job) for job in jobs_of(config)):
                 _predict_out_of_fold(study, config.folds, plan["threads"], on_event=report, should_stop=should_stop)
             given = {job: None for job in waiting if isinstance(spec_of(config, job), FileTeacher)}
             _run_here(study, given, threads=plan["threads"], on_event=report, should_stop=should_stop)
@@ -139,21 +132,12 @@ def _predict_out_of_fold(
         )  # fmt: skip
 
 
-def _check_out_of_fold(study: Study) -> None:
-    """Find what the networks of the folds would fail at before anything is trained."""
-    if study.config.folds is None:
-        return
-    for part in fold_studies(
-        study.config.folds, study.config.data, study.data, study.folder, study.device, study.factories
-    ):
-        _check_networks(part)
-
-
 def _make_missing_cards(study: Study) -> None:
     """Make the cards of teachers that were finished before the study asked for any."""
     if study.config.card is not None:
         for job in jobs_of(study.config):
-            write_missing_card(study, job)
+            if lacks_card(study, job):
+                write_missing_card(study, job)
 
 
 @contextmanager
@@ -272,88 +256,11 @@ def _ignore(job: Job, event: dict[str, Any]) -> None:
     del job, event
 
 
-def _check_names(config: StudyConfig, factories: Mapping[str, NetworkFactory]) -> None:
-    """Find misspelt networks and missing packages before a data set is downloaded for them."""
-    check_loggers(config.logging)
-    for spec in (*config.teachers.values(), *config.students.values(), *([config.folds] if config.folds else [])):
-        model = None if isinstance(spec, SavedTeacher) else spec.model
-        if model is not None and model not in factories:
-            check_network(model)
-
-
 def _shapes_checksum(study: Study, model: str) -> str:
     """Return a checksum of the names and shapes of the weights of one of the caller's own networks."""
     state = new_classifier(study, model, pretrained=False)[0].network.state_dict()
     shapes = sorted((name, list(tensor.shape)) for name, tensor in state.items())
     return blake2b(json.dumps(shapes).encode(), digest_size=16).hexdigest()
-
-
-def _check_networks(study: Study) -> None:
-    """Build every network and its loss, so that what cannot work fails before anything is written."""
-    teachers = {name: _untrained(study, name) for name in study.config.teachers}
-    for name, classifier in teachers.items():
-        look_at(study, classifier, _title(study, name))
-    for arm in study.config.arms():
-        student, teacher = study.config.students[arm.student], None if arm.teacher is None else teachers[arm.teacher]
-        title = "" if arm.teacher is None else _title(study, arm.teacher)
-        made = assemble(study, student, role="student", seed=0, teacher=teacher, teacher_name=title)
-        made.start_training()
-        _check_training(study, Job("student", arm.name, study.config.seeds[0]), student, made.classifier)
-
-
-def _title(study: Study, teacher: str) -> str:
-    """Return how messages call a teacher: by its network, where the settings say it."""
-    spec = study.config.teachers[teacher]
-    return f"teacher {teacher if isinstance(spec, SavedTeacher) or spec.model is None else spec.model}"
-
-
-def _untrained(study: Study, teacher: str) -> Classifier:
-    """Return a teacher of the study as it is before its training."""
-    spec = study.config.teachers[teacher]
-    if isinstance(spec, SavedTeacher):
-        return _untrained(study, spec.teacher)
-    if isinstance(spec, FileTeacher):
-        return load_teacher_file(study, spec)[0]
-    start = None if spec.start is None else study.config.teachers[spec.start]
-    if isinstance(start, FileTeacher) and (model := load_teacher_file(study, start)[1].model) != spec.model:
-        raise InputError(
-            f"teachers.{teacher}.start: {spec.start} is a {model}, and a {spec.model} was to go on from it"
-        )
-    other = None if spec.teacher is None else _untrained(study, spec.teacher)
-    title = "" if spec.teacher is None else _title(study, spec.teacher)
-    made = assemble(study, spec, role="teacher", seed=0, teacher=other, teacher_name=title)
-    made.start_training()
-    _check_training(study, Job("teacher", teacher, study.config.seeds[0]), spec, made.classifier)
-    return made.classifier
-
-
-def _check_training(study: Study, job: Job, spec: TrainedTeacher | Student, classifier: Classifier) -> None:
-    """Find what would fail in the last batch of an epoch, or only after the last epoch."""
-    _check_last_batch(study, spec, classifier, examples=len(rows_of(study, job)[0]))
-    if study.config.training_of(spec).calibrate:
-        try:
-            nn.init.normal_(
-                Parts(classifier).classifier.weight
-            )  # a head that begins with zeros would hide what follows
-            divide_logits(classifier, 2.0, examples_of(study, classifier))
-        except InputError as error:
-            raise InputError(f"{job.role}s.{job.arm}: calibrate: {error}") from None
-
-
-@torch.no_grad()
-def _check_last_batch(study: Study, spec: TrainedTeacher | Student, classifier: Classifier, *, examples: int) -> None:
-    """Make sure that a network can be trained on the last batch of an epoch where that is a single example."""
-    size = study.config.training_of(spec).batch_size
-    if examples % size != 1 and size != 1:
-        return
-    data = study.data
-    try:
-        classifier.train()(torch.full((1, data.in_channels, data.image_size, data.image_size), 0.5))
-    except ValueError as error:
-        raise InputError(
-            f"{spec.model} cannot be trained on a batch of one example, and {examples} examples in batches of {size} "
-            f"leave one: choose another batch_size ({error})"
-        ) from error
 
 
 def collect_results(config: StudyConfig, folder: Path, state: Mapping[str, Any]) -> dict[str, Any]:

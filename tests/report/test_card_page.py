@@ -24,6 +24,7 @@ from soteacher.report.card_tables import (
     prediction_table,
     seconds_table,
     single_table,
+    zero_norms,
 )
 
 SPLITS = ("train", "train_augmented", "test")
@@ -109,7 +110,7 @@ def test_the_page_shows_every_figure_in_words(tmp_path: Path, card: dict[str, An
         "Teacher card: wrn_16_1 on cifar10",
         "soteacher 0.1.0; weights feed; data beef",
         "wrn_16_1, 174,778 parameters",
-        "2,000 of 50,000 train images and 2,000 of 10,000 test images, class-balanced random samples (seed 7)",
+        "2,000 of 50,000 train images and 2,000 of 10,000 test images, random samples (seed 7)",
         "6 augmented views of each; gradients at 512; a slope searched around 128",
         "The augmentation changes nothing.",
         "5.4 evaluation passes over 4,000 images in 12.5 seconds",
@@ -140,7 +141,7 @@ def test_the_page_is_whole_in_itself_and_the_same_for_the_same_card(tmp_path: Pa
 def test_the_pictures_have_bars_of_both_distributions(tmp_path: Path, card: dict[str, Any]) -> None:
     text = write_card(tmp_path, card).read_text(encoding="utf-8")
     assert f'src="data:image/png;base64,{_png()}" alt="test image 17, labelled &lt;dog&gt;"' in text
-    bars = re.findall(r'class="network" x="0" y="1" width="([\d.]+)".*?class="known" .*?width="([\d.]+)"', text)
+    bars = re.findall(r'class="network" x="0" y="1" width="([\d.]+)".*?class="reference" .*?width="([\d.]+)"', text)
     # Sorted by the larger of the two.
     assert bars[:3] == [("15.0", "90.0"), ("80.0", "10.0"), ("5.0", "0.0")]
     assert "15 / 90 %" in text
@@ -153,7 +154,7 @@ def test_a_card_with_little_in_it_has_a_page(tmp_path: Path, card: dict[str, Any
     bare["figures"]["train_augmented"] = dict.fromkeys(bare["figures"]["train"])
     bare["figures"]["lipschitz"] = dict.fromkeys(bare["figures"]["lipschitz"])
     text = _Text(write_card(tmp_path, bare).read_text(encoding="utf-8")).text
-    for part in ("Norms of the layers", "Where it differs most", "Distance to the label distribution"):
+    for part in ("Norms of the layers", "Where it differs most", "Distance to the"):
         assert part not in text
     assert "nan" not in text.lower().split()
     assert "None" not in text
@@ -166,7 +167,7 @@ def test_tables_hold_the_values_in_their_columns(card: dict[str, Any]) -> None:
     assert rows["accuracy, %"] == ("87.50", "25.00", "25.00")
     assert rows["accuracy on right labels, %"] == ("50.00", "-", "-")
     assert rows["NLL, nats"] == ("0.2500", "0.2500", "-")
-    assert rows["fitted temperature"] == ("1.5000", "-", "2.0000")
+    assert rows["fitted temperature"] == ("1.500", "-", "2.000")
     table = distance_table(card)
     assert table.columns == ("distance", "train, to out-of-fold predictions", "what it is")
     assert [row[1] for row in table.rows] == ["0.1250", "0.7500", "0.0625"]
@@ -177,9 +178,111 @@ def test_tables_hold_the_values_in_their_columns(card: dict[str, Any]) -> None:
     assert "accuracy on right labels, %" not in {row[0] for row in prediction_table(card).rows}
 
 
+def test_out_of_fold_predictions_are_not_called_known_or_true(tmp_path: Path, card: dict[str, Any]) -> None:
+    for entry in card["most_different"]:
+        entry["split"] = "train"
+    text = _Text(write_card(tmp_path, card).read_text(encoding="utf-8")).text
+    for part in (
+        "Distance to the out-of-fold predictions",
+        "truly distributed, which is not known here. Out-of-fold predictions stand in for it: they are networks' opinions",
+        "lies farthest from the out-of-fold predictions, which are networks' opinions, by total variation.",
+        "network out-of-fold predictions",
+    ):
+        assert part in text
+    assert "known distribution" not in text
+    assert "label distribution" not in text
+
+
+def test_both_kinds_of_references_are_told_apart(tmp_path: Path, card: dict[str, Any]) -> None:
+    card["most_different"][0]["split"] = "train"
+    card["figures"]["distance"]["test"] = card["figures"]["distance"]["train_out_of_fold"]
+    text = _Text(write_card(tmp_path, card).read_text(encoding="utf-8")).text
+    assert "Distance to the label distribution" in text
+    assert (
+        "farthest from the out-of-fold predictions, which are networks' opinions (train images) and the label "
+        "distribution that is known of them (test images), by"
+    ) in text
+    assert "out-of-fold predictions or known distribution" in text
+
+
+def test_a_known_distribution_is_called_that(tmp_path: Path, card: dict[str, Any]) -> None:
+    card["figures"]["distance"] = {"train": card["figures"]["distance"]["train_out_of_fold"]}
+    text = _Text(write_card(tmp_path, card).read_text(encoding="utf-8")).text
+    assert "how their labels are truly distributed: the smaller these, the better." in text
+    assert "network known distribution" in text
+    assert "out-of-fold" not in text
+
+
+def test_layers_of_norm_0_are_named_in_page_and_caption(tmp_path: Path, card: dict[str, Any]) -> None:
+    card["layers"] = [
+        {"layer": f"layer{place}", "batch_norm": "bn", "norm_1": 0.0, "norm_2": 0.0} for place in (1, 2)
+    ] + [{"layer": "fc", "batch_norm": None, "norm_1": 1.0, "norm_2": 1.0}]
+    words = (
+        "2 layers have norm 0 (layer1, layer2): their batch norm scales with 0, so the product is 0 and has no "
+        "logarithm."
+    )
+    assert zero_norms(card) == words
+    assert layer_chart(card).caption.endswith(words)
+    assert _Text(write_card(tmp_path, card).read_text(encoding="utf-8")).text.count(words) == 2
+
+
+@pytest.mark.parametrize(
+    ("batch_norms", "start"),
+    [
+        ([], ""),
+        ([None], "1 layer has norm 0 (a0): its weights are 0, so"),
+        (["bn"], "1 layer has norm 0 (a0): its batch norm scales with 0, so"),
+        (["bn", None], "2 layers have norm 0 (a0, a1): their weights are 0, or their batch norm scales with 0, so"),
+        (["bn"] * 8, "8 layers have norm 0 (a0, a1, a2, a3, a4, a5 and 2 more): their batch norm scales with 0, so"),
+    ],
+)
+def test_zero_norms_have_their_reason(batch_norms: list[str | None], start: str) -> None:
+    layers = [
+        {"layer": f"a{place}", "batch_norm": one, "norm_1": 0.0, "norm_2": 0.0} for place, one in enumerate(batch_norms)
+    ]
+    found = zero_norms({"layers": [*layers, {"layer": "b", "batch_norm": None, "norm_1": 1.0, "norm_2": 1.0}]})
+    assert found.startswith(start)
+    assert bool(found) == bool(batch_norms)
+
+
+def test_figures_in_nats_and_slopes_say_their_unit() -> None:
+    for one in (*PREDICTIONS, *DISTANCES, *SINGLE):
+        if "nll" in one.key or one.key in ("entropy", "kl", "conditional_mutual_information"):
+            assert one.label.endswith(", nats")
+        if "gradient" in one.key or "slope" in one.key:
+            assert one.label.endswith("per unit of image distance")
+
+
+def test_texts_of_the_charts_are_of_one_size(tmp_path: Path, card: dict[str, Any]) -> None:
+    text = write_card(tmp_path, card).read_text(encoding="utf-8")
+    sizes = {float(size) for size in re.findall(r"font: ([\d.]+)px", text)}
+    assert sizes
+    assert max(sizes) <= 1.2 * min(sizes)
+
+
+def test_blue_is_lighter_on_dark_pages(tmp_path: Path, card: dict[str, Any]) -> None:
+    text = write_card(tmp_path, card).read_text(encoding="utf-8")
+    assert re.search(r"screen and \(prefers-color-scheme: dark\) \{\s*svg \[style\*=\"stroke: #0072b2\"\]", text)
+    # As the charts write it, else the rule would not hold.
+    assert re.search(r'style="[^"]*stroke: #0072b2', text)
+    assert re.search(r'style="[^"]*fill: #0072b2', text)
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "-"), (0.0, "0"), (0.123456, "0.1235"), (123.456, "123.5"), (0.00001234, "1.234e-05"), (-2.5, "-2.5000")],
+    [
+        (None, "-"),
+        (0.0, "0"),
+        (0.123456, "0.1235"),
+        (123.456, "123.5"),
+        (0.00001234, "1.234e-05"),
+        (-2.5, "-2.500"),
+        (0.0325, "0.03250"),
+        (0.00025, "0.0002500"),
+        (9.99996, "10.00"),
+        (1234.6, "1235"),
+        (12345.0, "1.234e+04"),
+    ],
 )
 def test_figures_have_four_digits(value: float | None, text: str) -> None:
     assert figure(value) == text

@@ -1,34 +1,16 @@
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import pytest
-from scipy import stats
 
 from soteacher.report.cards import (
-    MIN_DECISIVE_PAIRS,
-    Point,
-    arm_correlations,
-    arm_means,
     card_table,
     carded_teachers,
-    correlation_notes,
-    correlation_table,
-    correlation_words,
     figure_words,
     flat_figures,
     in_its_unit,
-    taught_students,
-    too_few_points,
+    same_network_notes,
+    teacher_kinds,
 )
-from soteacher.report.record import RunRecord, read_run
-from soteacher.statistics import RankCorrelation, rank_correlation
-
-
-def _students(record: RunRecord) -> dict[str, Any]:
-    return {one.name: one for one in taught_students(record, carded_teachers(record))}
+from soteacher.report.record import NetworkRecord, read_run
 
 
 def test_figures_are_named_by_their_path() -> None:
@@ -42,193 +24,62 @@ def test_figures_have_words_with_their_units() -> None:
     assert figure_words("temperature.test") == "test: fitted temperature"
     assert figure_words("distance.train.kl").startswith("distance, train: KL")
     assert "out-of-fold" in figure_words("distance.train_out_of_fold.mse")
-    assert figure_words("lipschitz.largest_slope") == "largest slope found"
+    assert figure_words("lipschitz.largest_slope").endswith("per unit of image distance")
     assert figure_words("mine.own_figure") == "mine: own figure"
     assert in_its_unit("train.accuracy", 0.25) == 25
     assert in_its_unit("test.ece", 0.25) == in_its_unit("mine.own_figure", 0.25) == 0.25
 
 
 def test_every_figure_of_the_table_has_words() -> None:
-    from soteacher.report.cards import _IN_TABLE
+    from soteacher.report.cards import _IN_TABLE, CHOSEN
 
-    assert len(set(map(figure_words, _IN_TABLE))) == len(_IN_TABLE)
-    assert all(figure_words(name) != name.replace(".", ": ").replace("_", " ") for name in _IN_TABLE)
+    for names in (_IN_TABLE, CHOSEN):
+        assert len(set(map(figure_words, names))) == len(names)
+        assert all(figure_words(name) != name.replace(".", ": ").replace("_", " ") for name in names)
 
 
 def test_card_table_holds_means_of_the_figures_that_some_card_has(make_judged_run: Callable[..., Path]) -> None:
     folder = make_judged_run(seeds=2)
     (folder / "teachers/soteacher/seed1/card.json").unlink()
     table = card_table(carded_teachers(read_run(folder)))
-    columns = (
-        "train.accuracy",
-        "test.accuracy",
-        "train.nll",
-        "test.ece",
-        "distance.train.kl",
-        "lipschitz.largest_slope",
-    )
-    assert table.columns == ("arm", "seeds", *map(figure_words, columns))
+    assert table.columns == ("figure", "standard", "soteacher")
+    # The cards of standard have places 2 and 3 in the order of the folders, after the two of soteacher.
     assert table.rows == (
-        # Places 2 and 3 in the order of the folders, after the two of soteacher.
-        ("standard", "2", "98.00", "87.10", "0.1250", "0.0325", "0.4950", "22.5"),
-        ("soteacher", "1", "98.00", "87.00", "0.1000", "0.0300", "0.3000", "-"),
+        ("seeds", "2", "1"),
+        (figure_words("train.accuracy"), "98.00", "98.00"),
+        (figure_words("test.accuracy"), "87.10", "87.00"),
+        (figure_words("train.nll"), "0.1250", "0.1000"),
+        (figure_words("test.ece"), "0.03250", "0.03000"),
+        (figure_words("distance.train.kl"), "0.4950", "0.3000"),
+        (figure_words("lipschitz.largest_slope"), "22.50", "-"),
     )
-    assert len(table.numeric) == len(table.columns)
+    assert table.numeric == (False, True, True)
 
 
-def test_points_pair_a_teacher_with_the_student_of_its_seed(make_judged_run: Callable[..., Path]) -> None:
-    record = read_run(make_judged_run(seeds=3, students=("standard-kd", "soteacher-kd", "soteacher-dkd", "alone")))
-    students = _students(record)
-    assert list(students) == ["kd", "dkd"]
-    rows = {(row["arm"], row["seed"]): row["accuracy_last"] for row in record.results["rows"]}
-    points = students["kd"].points
-    assert [(one.arm, one.seed) for one in points] == [
-        (arm, seed) for arm in ("standard", "soteacher") for seed in range(3)
-    ]
-    assert [one.accuracy for one in points] == [rows[f"{one.arm}-kd", one.seed] for one in points]
-    assert [one.figures["distance.train.kl"] for one in points] == pytest.approx([0.5, 0.49, 0.5, 0.3, 0.29, 0.3])
-    assert len(students["dkd"].points) == 3
-    assert students["dkd"].correlations == {}
-
-
-def test_students_are_told_apart_by_name_and_method(make_judged_run: Callable[..., Path]) -> None:
-    folder = make_judged_run(seeds=2)
-    path = folder / "results.json"
-    results = json.loads(path.read_text())
-    for row in results["rows"]:
-        if row["arm"] == "soteacher-kd":
-            row["method"] = "nkd"
-    path.write_text(json.dumps(results))
-    assert list(_students(read_run(folder))) == ["kd", "kd (method nkd)"]
-
-
-def test_a_teacher_from_a_file_is_paired_with_the_mean_over_seeds(make_judged_run: Callable[..., Path]) -> None:
-    folder = make_judged_run(seeds=3)
-    config = folder / "config.yaml"
-    config.write_text(config.read_text().replace("  soteacher:\n", "  soteacher:\n    file: x.pth\n"))
-    for seed in (1, 2):
-        (folder / f"teachers/soteacher/seed{seed}/card.json").unlink()
-    points = _students(read_run(folder))["kd"].points
-    assert [(one.arm, one.seed) for one in points] == [
-        ("standard", 0),
-        ("standard", 1),
-        ("standard", 2),
-        ("soteacher", 0),
-    ]
-    assert points[-1].accuracy == pytest.approx((0.86 + 0.863 + 0.86) / 3)
-
-
-def _point(arm: str, seed: int, accuracy: float, **figures: float) -> Point:
-    return Point(arm=arm, seed=seed, figures=figures, accuracy=accuracy)
-
-
-def test_an_arm_is_the_mean_of_its_networks_that_have_the_figure() -> None:
-    points = (_point("a", 0, 0.5, x=1.0), _point("b", 0, 0.25, x=7.0), _point("a", 1, 0.75, x=2.0), _point("a", 2, 0.9))
-    assert arm_means(points, "x") == {"a": (1.5, 0.625), "b": (7.0, 0.25)}
-    assert arm_means(points, "y") == {}
-
-
-def test_equal_means_have_equal_ranks() -> None:
-    points = [_point("a", seed, 0.1 * (seed + 1), x=0.98) for seed in range(5)]
-    points += [_point("b", seed, 0.3, x=0.98) for seed in range(7)]
-    assert len(set(arm_means(points, "x").values())) == 1
-
-
-def test_correlation_is_over_arms_by_hand() -> None:
-    # Means of x: 1, 2, 3, 4; of the accuracy: 0.3, 0.2, 0.5, 0.6. Ranks differ by 1, 1, 0, 0: rho = 1 - 6 * 2 / 60.
-    # Within each arm the accuracy falls as x rises, which decides nothing.
-    means = {"a": (1, 0.3), "b": (2, 0.2), "c": (3, 0.5), "d": (4, 0.6)}
-    points = [
-        _point(arm, seed, accuracy - 0.05 * seed, x=x + 9.0 * seed, y=1.0 if arm == "a" else 2.0 * (arm != "d"))
-        for arm, (x, accuracy) in means.items()
-        for seed in (-1, 0, 1)
-    ]
-    found = arm_correlations(points)
-    assert found["x"].value == pytest.approx(0.8)
-    assert found["x"].count == 4
-    half_width = 1.959964 * np.sqrt(1 + 0.8**2 / 2)
-    assert found["x"].interval == pytest.approx(np.tanh(np.arctanh(0.8) + half_width * np.array([-1, 1])), abs=1e-6)
-    assert list(arm_correlations([point for point in points if point.arm != "a"])) == []
-    assert found["y"].value == pytest.approx(stats.spearmanr([1, 2, 2, 0], [0.3, 0.2, 0.5, 0.6]).statistic)
-
-
-def test_seeds_do_not_make_a_correlation_surer() -> None:
-    points = [_point(arm, 0, 0.1 * place, x=float(place)) for place, arm in enumerate("abcdefg")]
-    more = [_point(point.arm, seed, point.accuracy, x=point.figures["x"]) for point in points for seed in range(10)]
-    assert arm_correlations(more) == arm_correlations(points)
-
-
-def test_arms_without_a_connection_seldom_seem_to_have_one() -> None:
-    generator = np.random.default_rng(0)
-    excluded = 0
-    for _ in range(400):
-        effects = generator.normal(size=(2, 7))  # of the arm on the figure, and on accuracy
-        points = [
-            _point(str(arm), seed, effects[1, arm] + 0.3 * generator.normal(), x=effects[0, arm] + generator.normal())
-            for arm in range(7)
-            for seed in range(5)
+def _teachers(**checksums: tuple[str | None, ...]) -> dict[str, list[NetworkRecord]]:
+    """Return arms whose networks have these checksums, seed by seed, and one figure."""
+    return {
+        arm: [
+            NetworkRecord(
+                role="teacher", arm=arm, seed=seed, row=None, epochs=(), reliability={},
+                card={"network": {"checksum": checksum}, "figures": {"test": {"nll": 0.5}}},
+            )
+            for seed, checksum in enumerate(own)
         ]
-        lower, upper = arm_correlations(points)["x"].interval or (-1, 1)
-        excluded += not lower <= 0 <= upper
-    assert excluded <= 0.08 * 400
+        for arm, own in checksums.items()
+    }  # fmt: skip
 
 
-def test_few_pairs_have_intervals_that_hold_0() -> None:
-    for count in range(4, 10):
-        interval = rank_correlation(list(range(count)), list(range(count))).interval
-        assert interval is not None
-        assert (interval[0] <= 0) == (count < MIN_DECISIVE_PAIRS)
+def test_arms_of_the_same_networks_are_one_kind() -> None:
+    kinds = teacher_kinds(_teachers(standard=("a", "b"), other=("c", "d"), best=("a", "b"), half=("a", "e")))
+    assert kinds == {"standard = best": ("standard", "best"), "other": ("other",), "half": ("half",)}
+    assert same_network_notes(kinds) == [
+        "The teachers standard and best are the same network in every seed and count as one kind in what follows."
+    ]
 
 
-def test_correlations_are_scipys_strongest_first(make_ranked_run: Callable[..., Path]) -> None:
-    student = _students(read_run(make_ranked_run()))["kd"]
-    assert next(iter(student.correlations)) == "distance.train.kl"
-    assert student.correlations["distance.train.kl"].value == -1
-    assert "test.accuracy" not in student.correlations  # the same for all
-    assert "lipschitz.largest_slope" not in student.correlations  # three arms have it
-    strengths = [abs(one.value) for one in student.correlations.values()]
-    assert strengths == sorted(strengths, reverse=True)
-    for name, found in student.correlations.items():
-        figures = np.array([point.figures[name] for point in student.points]).reshape(6, 3).mean(axis=1)
-        accuracies = np.array([point.accuracy for point in student.points]).reshape(6, 3).mean(axis=1)
-        assert found.value == pytest.approx(stats.spearmanr(figures.round(12), accuracies.round(12)).statistic)
-        assert found.count == 6
-
-
-def test_correlation_table_has_a_row_for_each_figure(make_ranked_run: Callable[..., Path]) -> None:
-    folder = make_ranked_run(students=("kd", "dkd"))
-    for path in (folder / "teachers/wide").glob("seed*/card.json"):
-        card = json.loads(path.read_text())
-        del card["figures"]["test"]["ece"]
-        path.write_text(json.dumps(card))
-    students = list(_students(read_run(folder)).values())
-    table = correlation_table(students)
-    assert table.columns == ("figure of the teacher", "kd, 6 kinds of teachers", "dkd, 6 kinds of teachers")
-    assert table.rows[0][0] == figure_words("distance.train.kl")
-    assert table.rows[0][1] == correlation_words(students[0].correlations["distance.train.kl"])
-    cells = {row[0]: row[1] for row in table.rows}
-    assert cells[figure_words("test.ece")].endswith("] of 5")
-    assert len(table.rows) == 3
-    notes = " ".join(correlation_notes(students))
-    for part in ("over kinds of teachers", "Below 6 kinds", "not a cause", "3 figures were looked at"):
-        assert part in notes
-
-
-def test_correlation_words() -> None:
-    assert (
-        correlation_words(RankCorrelation(value=-0.6239, interval=(-0.914, 0.0499), count=6)) == "-0.62 [-0.91, +0.05]"
-    )
-    assert correlation_words(RankCorrelation(value=-0.001, interval=(-0.9, 0.9), count=6)) == "+0.00 [-0.90, +0.90]"
-    assert correlation_words(None) == correlation_words(RankCorrelation(value=None, interval=None, count=3)) == "-"
-
-
-@pytest.mark.parametrize(("arms", "seeds"), [(("standard", "soteacher"), 3), (("standard", "soteacher", "mse"), 5)])
-def test_too_few_points_says_how_many_kinds_there_are(
-    make_ranked_run: Callable[..., Path], arms: tuple[str, ...], seeds: int
-) -> None:
-    students = list(_students(read_run(make_ranked_run(arms=arms, seeds=seeds))).values())
-    assert students[0].correlations == {}
-    assert too_few_points(students).endswith(
-        "takes 4 kinds of teachers (arms) with a card that one student has learnt from; there are " + f"{len(arms)}."
-    )
-    assert too_few_points([]).endswith("there are none.")
+def test_arms_are_told_apart_by_seeds_figures_and_where_nothing_is_known() -> None:
+    teachers = _teachers(one=("a",), two=("a",), three=("a", "a"), four=(None,), five=(None,))
+    teachers["two"][0].card["figures"]["test"]["nll"] = 0.25
+    assert list(teacher_kinds(teachers)) == ["one", "two", "three", "four", "five"]
+    assert same_network_notes(teacher_kinds(teachers)) == []

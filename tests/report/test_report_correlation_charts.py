@@ -5,9 +5,10 @@ from xml.etree import ElementTree
 
 import pytest
 
-from soteacher.report.cards import Point, TaughtStudent, carded_teachers, figure_words, taught_students
+from soteacher.report.cards import CHOSEN, carded_teachers, figure_words
 from soteacher.report.charts import COLOURS
-from soteacher.report.correlation_charts import MAX_PANELS, student_panels
+from soteacher.report.correlation_charts import other_panels, student_panels
+from soteacher.report.correlations import Point, TaughtStudent, taught_students
 from soteacher.report.record import read_run
 from soteacher.statistics import RankCorrelation
 
@@ -16,17 +17,17 @@ HOSTILE = 'a<b> & "$x^2$"'
 
 
 def _student(arms: tuple[str, ...] = ("a", "b"), seeds: int = 3, figures: int = 2) -> TaughtStudent:
+    names = CHOSEN[:figures]
     points = tuple(
         Point(
             arm=arm,
             seed=seed,
-            figures={f"own.figure_{number}": 10.0 * place + (seed * (number + 1)) % 5 for number in range(figures)},
+            figures={name: 10.0 * place + (seed * (number + 1)) % 5 for number, name in enumerate(names)},
             accuracy=0.5 + 0.1 * place + 0.01 * seed,
         )
         for place, arm in enumerate(arms)
         for seed in range(seeds)
     )
-    names = [f"own.figure_{number}" for number in range(figures)]
     found = {name: RankCorrelation(value=0.5, interval=(-0.2, 0.9), count=len(arms)) for name in names}
     return TaughtStudent(name=HOSTILE, points=points, correlations=found)
 
@@ -41,8 +42,8 @@ def test_panels_are_titled_with_figure_and_correlation(make_ranked_run: Callable
     (student,) = taught_students(record, teachers)
     legend, *panels = student_panels(0, student, list(teachers))
     assert _texts(legend.svg) == ["standard", "soteacher", "mse", "smooth", "early", "wide"]
-    assert [panel.title.split(": rho ")[0] for panel in panels] == list(map(figure_words, student.correlations))
-    assert re.fullmatch(r"distance, train: .*: rho -1\.00 \[-1\.00, -0\.\d\d\]", panels[0].title)
+    # In the order that was fixed, whichever is the strongest; the distance in KL is none of the chosen ones.
+    assert [panel.title.split(": rho ")[0] for panel in panels] == [figure_words("test.ece")]
     for panel in panels:
         assert "student accuracy, %" in _texts(panel.svg)
         assert panel.caption == "6 kinds of teachers, 18 networks."
@@ -91,8 +92,27 @@ def test_an_arm_keeps_its_colour_whatever_others_a_student_has() -> None:
         assert _marks(chart.svg, COLOURS[0]) == 0
 
 
-def test_there_are_at_most_twelve_with_that_of_the_marks() -> None:
-    assert len(student_panels(0, _student(figures=MAX_PANELS + 3), ["a", "b"])) == 1 + MAX_PANELS
+def test_the_chosen_figures_have_panels_in_their_order_and_the_others_small_ones(
+    make_ranked_run: Callable[..., Path],
+) -> None:
+    student = _student(figures=len(CHOSEN))
+    assert [panel.title.split(": rho ")[0] for panel in student_panels(0, student, ["a", "b"])[1:]] == list(
+        map(figure_words, CHOSEN)
+    )
+    assert other_panels(student, ["a", "b"]) == []
+    record = read_run(make_ranked_run())
+    teachers = carded_teachers(record)
+    (student,) = taught_students(record, teachers)
+    panels = other_panels(student, list(teachers))
+    assert [panel.title.split(": rho ")[0] for panel in panels] == [
+        figure_words("train.nll"),
+        figure_words("distance.train.kl"),
+    ]
+    for panel in panels:
+        root = ElementTree.fromstring(panel.svg)
+        assert root.attrib["aria-label"] == f"Accuracy of kd against {panel.title}"
+        assert len(panel.svg) < 1500
+        assert panel.caption == ""
 
 
 def test_more_arms_than_colours_and_any_names_are_drawn() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from soteacher.errors import InputError
 from soteacher.report import page, write_report
-from soteacher.report.page import run_facts
+from soteacher.report.facts import run_facts
 
 VOID = {"meta", "br", "path", "use", "rect"}
 
@@ -170,25 +170,55 @@ def test_write_report_sets_students_against_their_teachers_cards(make_ranked_run
         assert part in text
     assert "not set against" not in text
     assert "Charts are of" not in text
+    assert "Charts of the other figures" not in text
+    assert "The other 2 figures In the order of the cards" in text
+    assert "chosen before any run was looked at" in text
     assert text.index("Teachers Means over seeds") < text.index(JUDGED) < text.index("Training time by arm")
 
 
 def test_write_report_says_why_no_student_is_set_against_the_cards(make_judged_run: Callable[..., Path]) -> None:
     text = _page(make_judged_run(seeds=5)).text
     assert JUDGED in text
-    assert "that takes 4 kinds of teachers (arms) with a card that one student has learnt from; there are 2." in text
+    assert "4 kinds of teachers (arms) with a card that it has learnt from; there are 2 (standard, soteacher)." in text
     assert "Rank correlation" not in text
 
 
 def test_write_report_says_what_its_charts_leave_out(
     make_ranked_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page, "MAX_PANELS", 2)
-    monkeypatch.setattr(page, "MAX_STUDENTS", 1)
-    text = _page(make_ranked_run(students=("kd", "dkd"))).text
-    assert "Charts are of the 2 strongest correlations of a student; the table has all." in text
-    assert "Charts are of the first 1 of 2 students; the table has all." in text
-    assert "What goes with the accuracy of dkd" not in text
+    monkeypatch.setattr(page, "MAX_STUDENTS", 2)
+    monkeypatch.setattr(page, "MAX_STUDENTS_IN_FULL", 1)
+    text = _page(make_ranked_run(students=("kd", "dkd", "nkd"))).text
+    assert "Charts are of the first 2 of 3 students; the table has all." in text
+    assert "Charts of the other figures are of the first 1 of 3 students; the table has all." in text
+    assert "What goes with the accuracy of dkd" in text
+    assert "What goes with the accuracy of nkd" not in text
+    assert text.count("The other 2 figures") == 1
+
+
+def test_write_report_names_the_student_with_too_few_teachers(make_ranked_run: Callable[..., Path]) -> None:
+    folder = make_ranked_run()
+    path = folder / "results.json"
+    results = json.loads(path.read_text())
+    results["rows"] += [
+        row | {"arm": "standard-route", "method": "route"} for row in results["rows"] if row["arm"] == "standard-kd"
+    ]
+    path.write_text(json.dumps(results))
+    text = _page(folder).text
+    assert "The accuracy of route is not set against these figures" in text
+    assert "there is 1 (standard)." in text
+    assert "What goes with the accuracy of kd" in text
+
+
+def test_write_report_says_which_teachers_are_the_same_network(make_ranked_run: Callable[..., Path]) -> None:
+    folder = make_ranked_run()
+    for path in folder.glob("teachers/standard/seed*/card.json"):
+        text = json.dumps(json.loads(path.read_text()) | {"network": {"checksum": path.parent.name}})
+        for arm in ("standard", "wide"):
+            (folder / "teachers" / arm / path.parent.name / "card.json").write_text(text)
+    text = _page(folder).text
+    assert "The teachers standard and wide are the same network in every seed and count as one kind" in text
+    assert "kd, 5 kinds of teachers" in text
 
 
 def test_write_report_adds_nothing_without_cards(make_judged_run: Callable[..., Path]) -> None:
@@ -225,3 +255,34 @@ def test_run_facts_puts_settings_into_words() -> None:
         ("Baseline", "standard-kd"),
     ]
     assert run_facts({}) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"method": "mcmi", "start": "standard"},
+            "method mcmi (its own training: epochs 20, optimizer (name sgd, learning rate 0.05), schedule (name "
+            "cosine)), start standard",
+        ),
+        (
+            {
+                "method": "mcmi",
+                "training": {"epochs": 5, "optimizer": {"learning_rate": 0.1}, "schedule": {"name": "x"}},
+            },
+            "method mcmi (its own training: optimizer (name sgd)), training (epochs 5, optimizer (learning rate 0.1), "
+            "schedule (name x))",
+        ),
+        ({"method": "early_stopped"}, "method early_stopped (its own training: stop after 0.625)"),
+        (
+            {"method": "early_stopped", "training": {"stop_after": 0.5}},
+            "method early_stopped, training (stop after 0.5)",
+        ),
+        ({"method": "standard"}, "method standard"),
+        ({"method": "of_another_package"}, "method of_another_package"),
+        ({"from": "standard", "after": 0.5}, "from standard, after 0.5"),
+        ({"file": "x.pth"}, "file x.pth"),
+    ],
+)
+def test_run_facts_tells_what_a_method_changes_in_the_training(settings: dict, words: str) -> None:
+    assert run_facts({"teachers": {"tuned": settings}}) == [("Teacher tuned", words)]

@@ -82,6 +82,8 @@ def read_arrays(path: Path, *, required: Sequence[str] = _REQUIRED, optional: Se
                 raise InputError(f"it has no array {', '.join(missing)}; it has {', '.join(file.files) or 'none'}")
             return {name: file[name] for name in (*required, *optional) if name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        if "trust" in str(error):  # NumPy's guess at any file that begins like none of its own, with unsafe advice
+            raise InputError(f"cannot read {path}: it is no NumPy archive (.npz) of plain arrays") from error
         raise InputError(f"cannot read {path}: {reason(error)}") from error
 
 

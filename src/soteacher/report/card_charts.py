@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from soteacher.report.card_tables import zero_norms
 from soteacher.report.charts import (
     COLOURS,
     Chart,
@@ -24,7 +25,7 @@ def card_reliability(card: Mapping[str, Any]) -> Chart:
     """Return how often the network is right by how sure it is, on both splits."""
     network = NetworkRecord(role="teacher", arm="", seed=0, row=None, epochs=(), reliability=card["reliability"])
     chart = reliability_chart(0, card["network"]["model"], [network])
-    return replace(chart, caption="Below the diagonal it is too sure of itself. Larger marks hold more images.")
+    return replace(chart, caption="Below the diagonal the network is too sure. Larger marks hold more images.")
 
 
 def confidence_chart(card: Mapping[str, Any]) -> Chart:
@@ -40,21 +41,21 @@ def confidence_chart(card: Mapping[str, Any]) -> Chart:
         axes.legend()
         svg = svg_element(figure, name="confidence", title=title)
     caption = (
-        "How sure it is. Where train lies right of test, it knows its training images by heart and has little else to "
-        "say of them."
+        "How sure the network is. Where train lies right of test, the network knows its training images by "
+        "heart and has little else to say of them."
     )
     return Chart(title=title, caption=caption, svg=svg)
 
 
 def layer_chart(card: Mapping[str, Any]) -> Chart:
-    """Return both norms of each layer, in running order; of those that are 0 there is no mark."""
+    """Return both norms of each layer, in running order; those that are 0 have no mark, and the caption names them."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     layers, title = card["layers"], "Norms of the layers"
     every = -(-len(layers) // MOST_NAMES)
     names = [one["layer"] + (" + bn" if one["batch_norm"] else "") for one in layers]
     with chart_settings("layers"):
-        figure, axes = empty_axes(6.0, 1.2 + 0.15 * len(layers) / every)
+        figure, axes = empty_axes(6.0, 1.2 + 0.19 * len(layers) / every)
         for key, label, colour, marker in (
             ("norm_1", "1-norm", COLOURS[1], "s"), ("norm_2", "2-norm (spectral)", COLOURS[0], "o"),
         ):  # fmt: skip
@@ -64,7 +65,7 @@ def layer_chart(card: Mapping[str, Any]) -> Chart:
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # not as a formula
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set_yticks(range(0, len(layers), every), names[::every], fontsize=7)
+        axes.set_yticks(range(0, len(layers), every), names[::every], fontsize=9)
         axes.set_ylim(len(layers) - 0.4, -0.6)
         axes.set_xlabel("operator norm")
         figure.legend(loc="outside upper center", ncols=2)
@@ -73,4 +74,6 @@ def layer_chart(card: Mapping[str, Any]) -> Chart:
         "By how much each layer, with the batch norm that follows it (+ bn), can stretch a difference at most; the "
         "first layer is on top."
     )
+    if zero := zero_norms(card):
+        caption += f" {zero}"
     return Chart(title=title, caption=caption, svg=svg)

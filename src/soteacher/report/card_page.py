@@ -15,6 +15,7 @@ from soteacher.report.card_tables import (
     prediction_table,
     seconds_table,
     single_table,
+    zero_norms,
 )
 from soteacher.report.page import render
 from soteacher.report.record import read_mapping
@@ -56,8 +57,13 @@ def _context(card: Mapping[str, Any]) -> dict[str, Any]:
         "predictions": prediction_table(card),
         "charts": [card_reliability(card), confidence_chart(card)],
         "distances": distance_table(card),
+        "distance_heading": _distance_heading(card),
+        "distance_words": _distance_words(card),
+        "gallery_words": _gallery_words(card),
+        "reference": " or ".join(words for words, _ in _references(card)),
         "gallery": [_picture(entry, card["data"]["class_names"]) for entry in card["most_different"]],
         "single": single_table(card),
+        "zero_norms": zero_norms(card),
         "layer_charts": [layer_chart(card)] if card["layers"] else [],
         "cost": f"{cost_sentence(card)}.",
         "seconds": seconds_table(card),
@@ -69,7 +75,7 @@ def _facts(card: Mapping[str, Any]) -> list[tuple[str, str]]:
     network, data, sampled = card["network"], card["data"], card["sampled"]
     used = {split: f"{sampled[split]:,} of {data[f'{split}_examples']:,} {split} images" for split in ("train", "test")}
     whole = all(sampled[split] == data[f"{split}_examples"] for split in ("train", "test"))
-    how = "" if whole else f", class-balanced random samples (seed {sampled['seed']})"
+    how = "" if whole else f", random samples (seed {sampled['seed']})"
     return [
         ("Network", f"{network['model']}, {network['parameters']:,} parameters"),
         ("Data", f"{data['name']}, {network['num_classes']} classes"),
@@ -79,10 +85,56 @@ def _facts(card: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]  # fmt: skip
 
 
+def _distance_heading(card: Mapping[str, Any]) -> str:
+    known = set(card["figures"].get("distance") or {})
+    return f"Distance to the {'out-of-fold predictions' if known == {'train_out_of_fold'} else 'label distribution'}"
+
+
+def _distance_words(card: Mapping[str, Any]) -> str:
+    """Return what the distances are to be read as: those to networks' opinions are not those to what is true."""
+    known = card["figures"].get("distance") or {}
+    words = (
+        "A student learns from what its teacher says of the training images. SoTeacher's theory wants that to be how "
+        "their labels are truly distributed"
+    )
+    if "train_out_of_fold" not in known:
+        return f"{words}: the smaller these, the better."
+    words += ". " if "train" in known else ", which is not known here. "
+    stand_in = "stand beside" if "train" in known else "stand in for"
+    return (
+        f"{words}Out-of-fold predictions {stand_in} it: they are networks' opinions of images that those have not been "
+        "trained on, and a network that errs as they do looks better than it is."
+    )
+
+
+def _references(card: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return what the gallery's predictions are set beside, in words, with the split that it is known of."""
+    known = card["figures"].get("distance") or {}
+    stand_in = "train_out_of_fold" in known and "train" not in known
+    splits = dict.fromkeys(entry["split"] for entry in card["most_different"])
+    found: dict[str, list[str]] = {}
+    for split in splits:
+        words = "out-of-fold predictions" if stand_in and split == "train" else "known distribution"
+        found.setdefault(words, []).append(split)
+    return [(words, " and ".join(own)) for words, own in found.items()]
+
+
+def _gallery_words(card: Mapping[str, Any]) -> str:
+    """Return how the gallery's images were chosen."""
+    targets = {
+        "known distribution": "the label distribution that is known of them",
+        "out-of-fold predictions": "the out-of-fold predictions, which are networks' opinions",
+    }
+    references = _references(card)
+    several = len(references) > 1
+    words = " and ".join(targets[one] + (f" ({splits} images)" if several else "") for one, splits in references)
+    return f"The images whose prediction lies farthest from {words}, by total variation."
+
+
 def _picture(entry: Mapping[str, Any], class_names: list[str]) -> dict[str, Any]:
     """Return one image of the gallery: its words, and its bars for the classes that count."""
-    prediction, known = entry["prediction"], entry["distribution"]
-    weight = [max(pair) for pair in zip(prediction, known, strict=True)]
+    prediction, reference = entry["prediction"], entry["distribution"]
+    weight = [max(pair) for pair in zip(prediction, reference, strict=True)]
     shown = sorted(range(len(weight)), key=lambda place: -weight[place])[:MOST_BARS]
     label = class_names[entry["label"]]
     return {
@@ -93,8 +145,8 @@ def _picture(entry: Mapping[str, Any], class_names: list[str]) -> dict[str, Any]
             {
                 "name": class_names[place],
                 "network": f"{100 * prediction[place]:.1f}",
-                "known": f"{100 * known[place]:.1f}",
-                "text": f"{100 * prediction[place]:.0f} / {100 * known[place]:.0f} %",
+                "reference": f"{100 * reference[place]:.1f}",
+                "text": f"{100 * prediction[place]:.0f} / {100 * reference[place]:.0f} %",
             }
             for place in shown
         ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,14 @@ DISTANCE_SECTIONS = {**SECTIONS, "train_out_of_fold": "train, to out-of-fold pre
 
 
 def figure(value: float | None) -> str:
-    """Return a number with four significant digits; ``-`` for None."""
+    """Return a number with four significant digits, zeros at the end included; ``-`` for None."""
     if value is None:
         return "-"
-    return f"{value:.4f}" if 0.001 <= abs(value) < 10 else f"{value:.4g}"
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    text = f"{value:.3e}"
+    place = int(text[text.index("e") + 1 :])  # of the first digit, once it is rounded
+    return f"{value:.{max(0, 3 - place)}f}" if -4 <= place < 4 else text
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +44,7 @@ PREDICTIONS = (
     Figure("confidence", "confidence, %", "mean probability of the most probable class", percent),
     Figure("entropy", "entropy, nats", "mean entropy of a prediction: 0 is certain, more tells students more"),
     Figure("nll", "NLL, nats", "mean of minus the log-probability of the label; lower is better"),
-    Figure("nll_calibrated", "NLL, calibrated", CALIBRATED),
+    Figure("nll_calibrated", "NLL, calibrated, nats", CALIBRATED),
     Figure("brier", "Brier score", "mean squared distance of a prediction from its label, 0 to 2; lower is better"),
     Figure("brier_calibrated", "Brier score, calibrated", CALIBRATED),
     Figure("ece", "ECE", "mean gap of confidence and accuracy over 15 equal bins; lower is better"),
@@ -50,12 +55,15 @@ PREDICTIONS = (
         "conditional_mutual_information", "conditional information, nats",
         "what a prediction tells of an image beyond its class: mean divergence from the class's mean prediction",
     ),
-    Figure("temperature", "fitted temperature", "the one that fits all these images best; above 1 it was too sure"),
+    Figure(
+        "temperature", "fitted temperature",
+        "the one that fits all these images best; above 1: the network was too sure",
+    ),
 )  # fmt: skip
 DISTANCES = (
     Figure("mse", "squared distance", "mean squared distance of prediction and distribution, 0 to 2"),
     Figure("kl", "KL divergence, nats", "mean divergence of the prediction from the distribution"),
-    Figure("total_variation", "total variation", "mean share of the probability that lies in the wrong place, 0 to 1"),
+    Figure("total_variation", "total variation", "mean share of the probability that would have to move, 0 to 1"),
 )
 SINGLE = (
     Figure("views.prediction_variance", "prediction variance", "how much predictions change from view to view"),
@@ -73,17 +81,22 @@ SINGLE = (
     ),
     Figure("lipschitz.log10_product_2", "product of norms, 2-norm, log10", "the same of spectral norms"),
     Figure(
-        "lipschitz.input_gradient_mean", "input gradient, mean",
-        "how fast the label's log-probability changes with the image: nats for each unit of distance",
+        "lipschitz.input_gradient_mean", "input gradient, mean, nats per unit of image distance",
+        "how fast the label's log-probability changes with the image, whose values lie in 0 to 1; Euclidean distance",
     ),
-    Figure("lipschitz.input_gradient_95", "input gradient, 95th percentile", "one image in twenty has a steeper one"),
     Figure(
-        "lipschitz.largest_slope", "largest slope found",
+        "lipschitz.input_gradient_95", "input gradient, 95th percentile, nats per unit of image distance",
+        "one image in twenty has a steeper one",
+    ),
+    Figure(
+        "lipschitz.largest_slope", "largest slope found, change of logits per unit of image distance",
         "change of the logits over change of the image, by an adversarial search: a lower bound",
     ),
     Figure("weights.near_zero", "near-zero weights, %", "weights that hardly count in their layer", percent),
     Figure("weights.dead_channels", "dead channels, %", "channels that put out the same for every image", percent),
 )  # fmt: skip
+MOST_ZERO_NORMS = 6
+"""Layers of norm 0 that are named; the others are counted."""
 GROUPS = {
     "predictions": "both splits through the network, as they are",
     "views": "the training images through it, augmented, once for each view",
@@ -135,6 +148,21 @@ def single_table(card: Mapping[str, Any]) -> Table:
         section, _, key = one.key.partition(".")
         rows.append((one.label, one.write(card["figures"].get(section, {}).get(key)), one.meaning))
     return Table(columns=("figure", "value", "what it is"), rows=tuple(rows), numeric=(False, True, False))
+
+
+def zero_norms(card: Mapping[str, Any]) -> str:
+    """Return which layers have norm 0, and so why a product has no logarithm; nothing where none has."""
+    zero = [one for one in card["layers"] if 0 in (one["norm_1"], one["norm_2"])]
+    if not zero:
+        return ""
+    names = ", ".join(one["layer"] for one in zero[:MOST_ZERO_NORMS])
+    more = f" and {len(zero) - MOST_ZERO_NORMS} more" if len(zero) > MOST_ZERO_NORMS else ""
+    whose, layers = ("its", "1 layer has") if len(zero) == 1 else ("their", f"{len(zero)} layers have")
+    batch_norms = sum(one["batch_norm"] is not None for one in zero)
+    reason = {0: f"{whose} weights are 0", len(zero): f"{whose} batch norm scales with 0"}.get(
+        batch_norms, "their weights are 0, or their batch norm scales with 0"
+    )
+    return f"{layers} norm 0 ({names}{more}): {reason}, so the product is 0 and has no logarithm."
 
 
 def seconds_table(card: Mapping[str, Any]) -> Table:

@@ -187,7 +187,7 @@ def reliability_chart(index: int, arm: str, networks: Sequence[NetworkRecord]) -
         axes.legend(loc="upper left")
         title = f"Reliability of {arm}"
         svg = svg_element(figure, name=name, title=title)
-    caption = "Below the diagonal it is too sure of itself. Larger marks hold more examples; seeds are pooled."
+    caption = "Below the diagonal the network is too sure. Larger marks hold more examples; seeds are pooled."
     return Chart(title=title, caption=caption, svg=svg)
 
 

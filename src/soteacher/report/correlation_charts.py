@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
-from soteacher.report.cards import TaughtStudent, arm_means, correlation_words, figure_words, in_its_unit
+from soteacher.report.cards import CHOSEN, figure_words, in_its_unit
 from soteacher.report.charts import COLOURS, MARKERS, Chart, chart_settings, empty_axes, svg_element
+from soteacher.report.correlations import TaughtStudent, arm_means, correlation_words
+from soteacher.report.small_panel import Mark, small_panel
 
-MAX_PANELS = 11
-"""Panels for one student, of the figures with the strongest correlations: twelve with the one that explains marks."""
 MAX_STUDENTS = 6
 """Students that have panels, which keeps the page small; the table has all of them."""
+MAX_STUDENTS_IN_FULL = 2
+"""Students that have panels of the figures too that are not among the chosen ones."""
+MAX_LABEL = 42
+"""Characters that fit below a panel in one line."""
 
 
 def student_panels(index: int, student: TaughtStudent, arms: Sequence[str]) -> list[Chart]:
-    """Return a student's panels, the strongest correlation first, after one that says which mark is whose.
+    """Return a student's panels of the :data:`~soteacher.report.cards.CHOSEN` figures, after one with the marks.
 
     Args:
         index: tells students apart.
         student: with its points.
-        arms: every teacher arm; an arm's place in it gives its colour and its mark.
+        arms: every kind of teacher; an arm's place in it gives its colour and its mark.
     """
     shown = [arm for arm in arms if arm in student.arms]
-    names = list(student.correlations)[:MAX_PANELS]
+    names = [name for name in CHOSEN if name in student.correlations]
     panels = [_panel(f"cards-{index}-{place}", student, name, arms) for place, name in enumerate(names)]
     return [_legend(f"cards-{index}-legend", student, shown, arms), *panels]
+
+
+def other_panels(student: TaughtStudent, arms: Sequence[str]) -> list[Chart]:
+    """Return small panels of all other figures that have a correlation, in the order of the cards.
+
+    Args:
+        student: with its points.
+        arms: as for :func:`student_panels`.
+    """
+    names = dict.fromkeys(name for point in student.points for name in point.figures)
+    return [_small(student, name, arms) for name in names if name in student.correlations and name not in CHOSEN]
 
 
 def _mark(arm: str, arms: Sequence[str]) -> tuple[str, str]:
@@ -63,12 +79,27 @@ def _panel(name: str, student: TaughtStudent, figure_name: str, arms: Sequence[s
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.ticklabel_format(useOffset=False)
-        axes.set(xlabel=words, ylabel="student accuracy, %")
-        correlation = student.correlations[figure_name]
-        title = f"{words}: rho {correlation_words(correlation)}"
+        axes.set(xlabel=textwrap.fill(words, MAX_LABEL), ylabel="student accuracy, %")
+        title = _title(student, figure_name)
         svg = svg_element(figure, name=name, title=f"Accuracy of {student.name} against {title}")
     caption = f"{len(means)} kinds of teachers, {len(points)} networks."
     return Chart(title=title, caption=caption, svg=svg)
+
+
+def _small(student: TaughtStudent, figure_name: str, arms: Sequence[str]) -> Chart:
+    means = arm_means(student.points, figure_name)
+    across, up = _places(list(means.values()), figure_name)
+    marks = [
+        Mark(across=x, up=y, colour=colour, shape=shape, title=arm)
+        for arm, x, y in zip(means, across, up, strict=True)
+        for colour, shape in [_mark(arm, arms)]
+    ]
+    title = _title(student, figure_name)
+    return Chart(title=title, caption="", svg=small_panel(marks, title=f"Accuracy of {student.name} against {title}"))
+
+
+def _title(student: TaughtStudent, figure_name: str) -> str:
+    return f"{figure_words(figure_name)}: rho {correlation_words(student.correlations[figure_name])}"
 
 
 def _places(pairs: Sequence[tuple[float, float]], figure_name: str) -> tuple[list[float], list[float]]:

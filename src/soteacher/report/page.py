@@ -2,65 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from soteacher.files import write_text
-from soteacher.report.cards import (
-    card_table,
-    carded_teachers,
+from soteacher.report.cards import card_table, carded_teachers, same_network_notes, teacher_kinds
+from soteacher.report.charts import Chart, accuracy_chart, cost_chart, learning_curves, reliability_chart
+from soteacher.report.correlation_charts import MAX_STUDENTS, MAX_STUDENTS_IN_FULL, other_panels, student_panels
+from soteacher.report.correlations import (
+    TaughtStudent,
     correlation_notes,
     correlation_table,
     taught_students,
-    too_few_points,
+    too_few_arms,
 )
-from soteacher.report.charts import Chart, accuracy_chart, cost_chart, learning_curves, reliability_chart
-from soteacher.report.correlation_charts import MAX_PANELS, MAX_STUDENTS, student_panels
+from soteacher.report.facts import run_facts, setting_words
 from soteacher.report.published import published_numbers
 from soteacher.report.record import RunRecord, read_run
 from soteacher.report.tables import cost_table, network_table, summary_sentence, summary_table, teacher_table
-
-
-def _plain(value: Any) -> str:
-    """Return a value of the configuration in words: ``key value`` pairs, nested ones in parentheses."""
-    if isinstance(value, Mapping):
-        return ", ".join(_pair(str(key), part) for key, part in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(_plain(part) for part in value)
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _pair(key: str, value: Any) -> str:
-    """Return one setting in words; a nested one with its own settings in parentheses."""
-    name, text = key.replace("_", " "), _plain(value)
-    if value is None:  # a term of the method that this arm leaves out
-        return f"without {name}"
-    if isinstance(value, Mapping | list | tuple):
-        return f"{name} ({text})" if text else name
-    return f"{name} {text}"
-
-
-def run_facts(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what was run, as label and text, from the configuration. What is not set is left out.
-
-    Args:
-        config: what ``config.yaml`` holds.
-    """
-    sections: list[tuple[str, Any]] = [("Data", config.get("data"))]
-    for role in ("teacher", "student"):
-        sections += [(f"{role.capitalize()} {arm}", part) for arm, part in (config.get(f"{role}s") or {}).items()]
-    sections += [(key.capitalize(), config.get(key)) for key in ("training", "seeds", "baseline")]
-    facts: list[tuple[str, str]] = []
-    for label, section in sections:
-        if isinstance(section, Mapping):
-            section = {key: part for key, part in section.items() if part is not False and part not in (None, {}, [])}
-        if section not in (None, {}, []):
-            facts.append((label, _plain(section)))
-    return facts
 
 
 def evaluated_on(record: RunRecord) -> list[tuple[str, str]]:
@@ -78,7 +39,9 @@ def provenance(record: RunRecord) -> str:
     parts = [f"Results of {record.results_time:%Y-%m-%d %H:%M} UTC"] if record.results_time else []
     if version := results.get("soteacher_version"):
         parts.append(f"soteacher {version}")
-    parts += [_pair(key, value) for key, value in (results.get("environment") or {}).items() if value is not None]
+    parts += [
+        setting_words(key, value) for key, value in (results.get("environment") or {}).items() if value is not None
+    ]
     return "; ".join(parts)
 
 
@@ -103,21 +66,30 @@ def _judged_teachers(record: RunRecord) -> dict[str, Any] | None:
         return None
     students = taught_students(record, teachers)
     shown = [student for student in students if student.correlations]
-    charted = shown[:MAX_STUDENTS]
+    kinds = teacher_kinds(teachers)
     notes = correlation_notes(shown) if shown else []
-    if any(len(student.correlations) > MAX_PANELS for student in charted):
-        notes.append(f"Charts are of the {MAX_PANELS} strongest correlations of a student; the table has all.")
-    if len(charted) < len(shown):
+    if len(shown) > MAX_STUDENTS_IN_FULL:
+        notes.append(
+            f"Charts of the other figures are of the first {MAX_STUDENTS_IN_FULL} of {len(shown)} students; the table has all."
+        )
+    if len(shown) > MAX_STUDENTS:
         notes.append(f"Charts are of the first {MAX_STUDENTS} of {len(shown)} students; the table has all.")
     return {
         "table": card_table(teachers),
-        "too_few": None if shown else too_few_points(students),
-        "students": [
-            {"name": student.name, "charts": student_panels(place, student, list(teachers))}
-            for place, student in enumerate(charted)
-        ],
+        "same": same_network_notes(kinds),
+        "too_few": too_few_arms(students),
+        "students": [_charted(place, student, list(kinds)) for place, student in enumerate(shown[:MAX_STUDENTS])],
         "correlations": correlation_table(shown),
         "notes": notes,
+    }
+
+
+def _charted(place: int, student: TaughtStudent, kinds: Sequence[str]) -> dict[str, Any]:
+    """Return what the template names of one student beside its teachers' cards."""
+    return {
+        "name": student.name,
+        "charts": student_panels(place, student, kinds),
+        "others": other_panels(student, kinds) if place < MAX_STUDENTS_IN_FULL else [],
     }
 
 

@@ -15,9 +15,10 @@ import yaml
 
 from soteacher.errors import InputError
 from soteacher.files import read_json, write_text
-from soteacher.report.cards import MIN_DECISIVE_PAIRS
 from soteacher.report.charts import Chart
-from soteacher.report.page import provenance, run_facts
+from soteacher.report.correlations import MIN_DECISIVE_PAIRS
+from soteacher.report.facts import run_facts
+from soteacher.report.page import provenance
 from soteacher.report.record import RunRecord
 from soteacher.report.series_charts import axis_chart
 from soteacher.report.series_figures import QUANTITIES, Results, along, closeness, reference_teacher

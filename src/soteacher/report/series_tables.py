@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from statistics import fmean
 from typing import Any, Literal
 
-from soteacher.report.cards import correlation_words
+from soteacher.report.correlations import correlation_words
 from soteacher.report.series_figures import (
     ACCURACY,
     NLL,

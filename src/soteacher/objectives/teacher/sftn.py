@@ -99,7 +99,7 @@ class SFTNConfig(ObjectiveConfig):
                 the student's stages do not fit.
         """
         if self.student is None:
-            raise InputError("sftn needs the student's network: set terms.sftn.student")
+            raise InputError("sftn needs the student's network: set terms.sftn.student (in a command --student)")
         if task.network is None or task.build_network is None:
             raise InputError("sftn builds branches for a network: give Task(network=..., build_network=...)")
         first = task.build_network(self.student)
