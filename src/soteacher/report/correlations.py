@@ -160,11 +160,11 @@ def correlation_notes(students: Sequence[TaughtStudent]) -> list[str]:
         f"narrower. Below {MIN_DECISIVE_PAIRS} kinds it holds 0 in whatever order they stand. Kinds that share a term, "
         "or of which one is an earlier state of another, are not quite independent, and it should be wider.",
         "A correlation is not a cause: a figure can go with student accuracy because both go with something else.",
-        "The charts that stand open are of figures that were chosen before any run was looked at, whatever they show: "
+        "The charts that stand open are of figures that are fixed beforehand, whatever this run shows of them: "
         "accuracy on train and test; NLL, ECE, ECE calibrated and entropy on test; squared distances to label "
         "distributions; conditional information on train; variance of predictions and deviation of the true class over "
-        "views; largest slope; 95th percentile of the input gradient. One that a chart is missing of is not in these "
-        "cards, or has no correlation.",
+        "views; largest slope; 95th percentile of the input gradient. Those without a chart are not in "
+        "these cards, or have no correlation.",
         f"{looked_at} figures were looked at for each student. Of twenty figures that have nothing to do with student "
         "accuracy, up to about one has an interval that excludes 0, and the strongest of many is stronger than it "
         "would be in other runs.",

@@ -70,7 +70,8 @@ def _judged_teachers(record: RunRecord) -> dict[str, Any] | None:
     notes = correlation_notes(shown) if shown else []
     if len(shown) > MAX_STUDENTS_IN_FULL:
         notes.append(
-            f"Charts of the other figures are of the first {MAX_STUDENTS_IN_FULL} of {len(shown)} students; the table has all."
+            f"Charts of the other figures are of the first {MAX_STUDENTS_IN_FULL} of {len(shown)} students; the table "
+            "has all."
         )
     if len(shown) > MAX_STUDENTS:
         notes.append(f"Charts are of the first {MAX_STUDENTS} of {len(shown)} students; the table has all.")
