@@ -302,9 +302,7 @@ def test_compiled_it_gives_the_same() -> None:
 
 def test_a_student_must_be_named() -> None:
     _, _, task = make()
-    with pytest.raises(
-        InputError, match=r"^sftn needs the student's network: set terms\.sftn\.student \("
-    ):
+    with pytest.raises(InputError, match=r"^sftn needs the student's network: set terms\.sftn\.student \("):
         SFTNConfig().build(task)
 
 
