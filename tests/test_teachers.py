@@ -353,6 +353,15 @@ def test_a_finished_teacher_gets_its_card_when_the_study_comes_to_ask_for_one(tm
     assert read_json(run / "teachers/plain/seed0/card.json")["figures"]["distance"]["train_out_of_fold"]["mse"] > 0
 
 
+def test_data_without_the_needed_distribution_are_refused_before_anything_is_trained(
+    tmp_path: Path, train, teachers
+) -> None:
+    tree = teachers(plain={}) | {"card": {"require_distribution": ["test"]}}
+    with pytest.raises(InputError, match=r"distribution of the test images, and tiny comes without one"):
+        train(tree, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_folds_without_cards_are_refused(teachers) -> None:
     with pytest.raises(InputError, match=r"folds are for the teachers' cards, and card is null; leave one out"):
         read_study(teachers(plain={}) | {"folds": {"model": "tiny"}})

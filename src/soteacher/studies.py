@@ -43,7 +43,7 @@ from soteacher.pool import Work, available_cores, default_workers, run_side_by_s
 from soteacher.report import write_report
 from soteacher.run_folder import LOG, STATE, claim, locked, network_folder, read_config
 from soteacher.statistics import summarise
-from soteacher.study_checks import check_names, check_networks, check_out_of_fold
+from soteacher.study_checks import check_cards, check_names, check_networks, check_out_of_fold
 
 SCHEMA = 1
 
@@ -87,6 +87,7 @@ def run_study(
     study = Study(config, folder, load_data(config.data, data_root, progress=on_download), device, factories or {})
     check_networks(study)
     check_saved(study)
+    check_cards(study)
     check_out_of_fold(study)
     cores = available_cores()
     plan = default_workers(cores, _width(config), device)

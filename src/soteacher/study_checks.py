@@ -9,6 +9,7 @@ from torch import nn
 
 from soteacher.assembly import assemble, examples_of, look_at
 from soteacher.config import FileTeacher, SavedTeacher, Student, StudyConfig, TrainedTeacher
+from soteacher.diagnostics.card import check_distribution
 from soteacher.errors import InputError
 from soteacher.jobs import Job, NetworkFactory, Study, load_teacher_file, rows_of
 from soteacher.models.classifier import Classifier
@@ -104,3 +105,9 @@ def check_out_of_fold(study: Study) -> None:
         study.config.folds, study.config.data, study.data, study.folder, study.device, study.factories
     ):
         check_networks(part)
+
+
+def check_cards(study: Study) -> None:
+    """Find that a card needs a label distribution that the data have not."""
+    if study.config.card is not None:
+        check_distribution(study.data, study.config.card)

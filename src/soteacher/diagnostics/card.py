@@ -16,10 +16,11 @@ from soteacher.diagnostics.label_distribution import most_different
 from soteacher.diagnostics.look import MOST_PASSES, Look, sample_of
 from soteacher.diagnostics.passes import measured, plain_logits
 from soteacher.diagnostics.pictures import png_of
+from soteacher.errors import InputError
 from soteacher.models.classifier import Classifier, NetworkSpec
 from soteacher.models.weights import weights_checksum
 
-__all__ = ["MOST_PASSES", "SCHEMA", "CardConfig", "in_the_whole_split", "make_card"]
+__all__ = ["MOST_PASSES", "SCHEMA", "CardConfig", "check_distribution", "in_the_whole_split", "make_card"]
 
 SCHEMA = 1
 """Version of ``card.json``."""
@@ -60,6 +61,7 @@ def make_card(
         InputError: the network emits no logits of the data's classes, a split has fewer than two images, or
             ``out_of_fold`` does not fit the training split.
     """
+    check_distribution(data, config)
     sample = sample_of(data, config, out_of_fold)
     look = Look(data=data, sample=sample, config=config, device=torch.device(device))
     with measured(classifier, device) as (ready, counter):
@@ -141,3 +143,17 @@ def in_the_whole_split(card: dict[str, Any], rows: Tensor) -> dict[str, Any]:
         for entry in card["most_different"]
     ]
     return {**card, "most_different": entries}
+
+
+def check_distribution(data: DataSet, config: CardConfig) -> None:
+    """Make sure that the label distributions that a card must have the distance to are known.
+
+    Raises:
+        InputError: one is not; the split is named.
+    """
+    for name, split in (("train", data.train), ("test", data.test)):
+        if name in config.require_distribution and split.label_distribution is None:
+            raise InputError(
+                f"the card is to have the distance to the true label distribution of the {name} images, and "
+                f"{data.name} comes without one; leave {name} out of card.require_distribution, or choose other data"
+            )

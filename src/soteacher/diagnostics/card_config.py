@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,9 @@ class CardConfig(Settings):
     """How far from an image it goes: Euclidean distance of images in [0, 1]."""
     most_different: int = Field(default=12, ge=1, le=100)
     """Images of each split that are shown, of those whose prediction differs most from their known distribution."""
+    require_distribution: tuple[Literal["train", "test"], ...] = ()
+    """Splits whose true label distribution must be known, so that the card has the distance to it; data without are
+    refused."""
     seed: int = Field(default=0, ge=0)
     """Of all draws."""
 
