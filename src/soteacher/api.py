@@ -145,7 +145,11 @@ def teach(
     found = method_named(method)
     if found.fine_tunes and teacher is not None:
         raise InputError(f"{method} goes on from a trained network and learns from none: give start instead of teacher")
-    if teacher is None and any(objective_config(term).needs_teacher for term in found.terms):
+    if (
+        found.role == "teacher"
+        and teacher is None
+        and any(objective_config(term).needs_teacher for term in found.terms)
+    ):
         raise InputError(f"{method} learns from a trained network: give teacher (--teacher)")
     shared, own = _shared_and_own(found, training or {}, settings)
     arm: dict[str, Any] = {"model": name, "method": method, "terms": dict(terms or {}), "training": own}

@@ -198,7 +198,7 @@ class TrainingConfig(Settings):
         epochs = epochs_at(self.preparation_epochs, self.epochs)
         changes = {
             "epochs": epochs, "schedule": ConstantConfig(name="constant"), "stop_after": None, "averaging": None,
-            "mixing": None,
+            "mixing": None, "save_every": None,
         }  # fmt: skip
         return self.model_copy(update=changes)
 
