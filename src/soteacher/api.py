@@ -30,7 +30,7 @@ from soteacher.models.classifier import Classifier, NetworkSpec, classifier_of
 from soteacher.models.weights import FACTS_FILE, load_classifier, load_weights, read_facts, read_weights
 from soteacher.objective import Method
 from soteacher.objectives import method as method_named
-from soteacher.objectives import objective_config
+from soteacher.objectives import reads_teacher
 from soteacher.out_of_fold import OnFold, out_of_fold_predictions
 from soteacher.recipes import read_study
 from soteacher.report.card_page import write_card
@@ -145,11 +145,7 @@ def teach(
     found = method_named(method)
     if found.fine_tunes and teacher is not None:
         raise InputError(f"{method} goes on from a trained network and learns from none: give start instead of teacher")
-    if (
-        found.role == "teacher"
-        and teacher is None
-        and any(objective_config(term).needs_teacher for term in found.terms)
-    ):
+    if found.role == "teacher" and teacher is None and reads_teacher(found):
         raise InputError(f"{method} learns from a trained network: give teacher (--teacher)")
     shared, own = _shared_and_own(found, training or {}, settings)
     arm: dict[str, Any] = {"model": name, "method": method, "terms": dict(terms or {}), "training": own}
@@ -213,7 +209,7 @@ def distill(
     """
     name, networks = _named(model, "student_network")
     arm = _arm(method_named(method).name)
-    if not any(objective_config(term).needs_teacher for term in method_named(method).terms):
+    if not reads_teacher(method_named(method)):
         raise InputError(f"the method {method} does not read a teacher: it is no way to distil one")
     source: dict[str, Any] = {"file": str(teacher)}
     if teacher_model is not None:
@@ -343,7 +339,7 @@ def card(
 
 def _rows_trained_on(weights: Path | None, source: SourceConfig, images: DataSet) -> Tensor:
     """Return the training images that a network was trained on: all, unless it is known to have held some out."""
-    facts = {} if weights is None or not (weights.parent / FACTS_FILE).exists() else read_facts(weights)[1]
+    facts = {} if weights is None else _facts(weights)
     shares, used = facts.get("training") or {}, source.model_dump(mode="json")
     same = all(used[key] == facts.get("data", {}).get(key) for key in used if key not in MEASURED_ONLY)
     return split_rows(images, shares.get("held_out", 0.0) if same else 0.0, facts.get("seed", 0))[0]
@@ -369,7 +365,7 @@ def _card_tree(
             tree["folds"]["model"] = model
         elif model is not None and not isinstance(model, nn.Module):
             tree["folds"]["model"] = "network"
-        elif model is None and weights is not None and (weights.parent / FACTS_FILE).exists():
+        elif model is None and weights is not None and _facts(weights):
             tree["folds"]["model"] = read_facts(weights)[0].model
         else:  # the networks of folds must start from new weights: a module's may have seen all the examples
             raise InputError("folds train networks that start anew: name their model")
@@ -444,7 +440,12 @@ def _data_for(weights: Path, data: Data) -> dict[str, Any]:
 
 def _trained_on(weights: Path) -> dict[str, Any]:
     """Return the settings of the data that a network was trained on; empty where they are not known."""
-    return read_facts(weights)[1].get("data", {}) if (weights.parent / FACTS_FILE).exists() else {}
+    return _facts(weights).get("data", {})
+
+
+def _facts(weights: Path) -> dict[str, Any]:
+    """Return what is known of a network besides what builds it; empty of a foreign checkpoint."""
+    return read_facts(weights)[1] if (weights.parent / FACTS_FILE).exists() else {}
 
 
 def read_data(data: Data, data_root: str | Path | None = None, *, on_download: Any = None) -> DataSet:

@@ -91,8 +91,6 @@ def assemble(
     reuse = _reuse(configs)
     torch.manual_seed(derive_seed(seed, role, "weights"))
     classifier, network = start or new_classifier(study, spec.model, pretrained=spec.pretrained)
-    if network.model != spec.model:
-        raise InputError(f"the network to go on from is a {network.model}, wanted a {spec.model}")
     facts = {"network": look_at(study, classifier, names[0])}
     if teacher is not None:
         facts["teacher"] = look_at(study, teacher, teacher_name)

@@ -215,8 +215,8 @@ class StudyConfig(Settings):
     def _check_start(self, place: str, teacher: TrainedTeacher) -> None:
         """Refuse a start from a network of another kind, where the settings say what it is."""
         source = None if teacher.start is None else self.teachers[teacher.start]
-        while isinstance(source, SavedTeacher) and source.teacher in self.teachers:
-            source = self.teachers[source.teacher]
+        if isinstance(source, SavedTeacher):
+            source = self.teachers.get(source.teacher)
         model = None if source is None or isinstance(source, SavedTeacher) else source.model
         if model is not None and model != teacher.model:
             raise InputError(f"{place}.start: {teacher.start} is a {model}, and a {teacher.model} was to go on from it")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from soteacher.objective import Method, Objective, ObjectiveConfig
-from soteacher.objectives import method, objective_config
+from soteacher.objectives import method, objective_config, reads_teacher
 from soteacher.objectives.features import FeatureConfig
 from soteacher.published_settings import method_recipe_names
 
@@ -93,9 +93,8 @@ def _ramp(config: ObjectiveConfig) -> str:
 def _use(found: Method) -> list[str]:
     """Return how a study asks for the method, as a fenced block."""
     model = "wrn_40_2" if found.role == "teacher" else "wrn_16_2"
-    needs_teacher = any(objective_config(term).needs_teacher for term in found.terms)
     other = ", start: standard" if found.fine_tunes else ""
-    other += ", teacher: standard" if found.role == "teacher" and needs_teacher else ""
+    other += ", teacher: standard" if found.role == "teacher" and reads_teacher(found) else ""
     other += ", terms: {sftn: {student: wrn_16_2}}" if "sftn" in found.terms else ""
     first = [f"  standard: {{model: {model}, method: standard}}"] if ": standard" in other else []
     own = f"  {found.name}: {{model: {model}, method: {found.name}{other}}}"

@@ -6,7 +6,7 @@ Their mean over an ensemble stands in for the true label distribution of the tra
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,15 +116,15 @@ def out_of_fold_predictions(
 
     Source: the mean of networks' held-out predictions as a stand-in for the true label distribution is ours.
     """
-    root, labels = folder / OUT_OF_FOLD, data.train.labels
-    studies = fold_studies(config, source, data, folder, device, factories or {})
-    folds = folds_of(labels, config.folds, config.seed)
+    folds = _checked_folds(config, data, factories or {})
+    settings, root = _fold_settings(config, source), folder / OUT_OF_FOLD
     with locked(root):
         _claim(root, config, source, data)
         if (root / PREDICTIONS).exists():
             return _read_predictions(root / PREDICTIONS)
-        predictions = torch.zeros(len(labels), data.num_classes, dtype=torch.float64)
-        for fold, study in enumerate(studies):
+        predictions = torch.zeros(len(folds), data.num_classes, dtype=torch.float64)
+        for fold in range(config.folds):
+            study = _study_without(fold, folds, config, settings, data, root, device, factories or {})
             _train_fold(fold, study, on_event=on_event, should_stop=should_stop)
             predictions[folds == fold] = _mean_probabilities(study)
         with replacing(root / PREDICTIONS) as part, part.open("wb") as file:
@@ -139,31 +139,30 @@ def fold_studies(
     folder: Path,
     device: str,
     factories: Mapping[str, NetworkFactory],
-) -> list[Study]:
-    """Return the study that trains each fold's networks; nothing is trained or written.
+) -> Iterator[Study]:
+    """Yield the study that trains each fold's networks; nothing is trained or written.
+
+    One at a time: each holds a copy of its images.
 
     Raises:
         InputError: impossible folds, a fold that leaves a class out, or settings that cannot be used.
     """
+    folds, settings = _checked_folds(config, data, factories), _fold_settings(config, source)
+    for fold in range(config.folds):
+        yield _study_without(fold, folds, config, settings, data, folder / OUT_OF_FOLD, device, factories)
+
+
+def _checked_folds(config: FoldConfig, data: DataSet, factories: Mapping[str, NetworkFactory]) -> Tensor:
+    """Return the fold of each training example, and make sure that its networks exist and see every class."""
     folds = folds_of(data.train.labels, config.folds, config.seed)
     check_folds(data.train.labels, folds, data.class_names)
     if config.model not in factories:
         check_network(config.model)
-    root = folder / OUT_OF_FOLD
-    return [_study_without(fold, folds, config, source, data, root, device, factories) for fold in range(config.folds)]
+    return folds
 
 
-def _study_without(
-    fold: int,
-    folds: Tensor,
-    config: FoldConfig,
-    source: SourceConfig,
-    data: DataSet,
-    root: Path,
-    device: str,
-    factories: Mapping[str, NetworkFactory],
-) -> Study:
-    """Return the study that trains a fold's networks: on the other folds, and tested on this one."""
+def _fold_settings(config: FoldConfig, source: SourceConfig) -> StudyConfig:
+    """Return the settings of every fold's networks."""
     tree = {
         "name": OUT_OF_FOLD,
         "data": source.model_dump(),
@@ -173,6 +172,20 @@ def _study_without(
         "card": None,  # nobody looks at these teachers
         "logging": [],
     }
+    return parse(StudyConfig, tree, place="folds")
+
+
+def _study_without(
+    fold: int,
+    folds: Tensor,
+    config: FoldConfig,
+    settings: StudyConfig,
+    data: DataSet,
+    root: Path,
+    device: str,
+    factories: Mapping[str, NetworkFactory],
+) -> Study:
+    """Return the study that trains a fold's networks: on the other folds, and tested on this one."""
     outside, inside = (folds != fold).nonzero().flatten(), (folds == fold).nonzero().flatten()
     part = replace(
         data,
@@ -180,7 +193,7 @@ def _study_without(
         test=data.train.subset(inside),
         checksum=f"{data.checksum}-without-fold-{fold}-of-{config.folds}-seed-{config.seed}",
     )
-    return Study(parse(StudyConfig, tree, place="folds"), root / f"fold{fold}", part, device, factories)
+    return Study(settings, root / f"fold{fold}", part, device, factories)
 
 
 def _train_fold(fold: int, study: Study, *, on_event: OnFold | None, should_stop: Callable[[], bool]) -> None:

@@ -71,7 +71,11 @@ def prediction_figures(look: Look, logits: dict[str, Tensor | None]) -> dict[str
     splits = {**look.sample.splits, "train_augmented": look.train}
     with look.timed("calibration"):
         for name in ("train", "train_augmented", "test"):
-            figures[name] = _calibration(logits[name], splits[name])
+            given = logits[name]
+            if given is None:  # only augmented images can be missing, and those of train stand here already
+                figures[name] = dict.fromkeys(key for key in figures["train"] if key != "accuracy_clean")
+            else:
+                figures[name] = _calibration(given, splits[name])
         figures["temperature"] = {
             name: fit_temperature(given, splits[name].labels)
             for name in look.sample.splits
@@ -90,11 +94,8 @@ def prediction_figures(look: Look, logits: dict[str, Tensor | None]) -> dict[str
     return figures
 
 
-def _calibration(logits: Tensor | None, split: ImageSplit) -> dict[str, float | None]:
-    """Return the figures of calibration, all null where there are no logits."""
-    if logits is None:
-        two = torch.eye(2)
-        return dict.fromkeys(calibration_figures(two, torch.arange(2)))
+def _calibration(logits: Tensor, split: ImageSplit) -> dict[str, float]:
+    """Return the figures of calibration, and the accuracy by the right labels where those are others."""
     clean = {} if split.clean_labels is None else {"accuracy_clean": metrics.accuracy(logits, split.clean_labels)}
     return {**calibration_figures(logits, split.labels), **clean}
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from soteacher.data import AugmentConfig, EvaluationLoader, ImageSplit, TrainLoader
 from soteacher.errors import InputError
 from soteacher.models.classifier import Classifier
+from soteacher.models.parts import evaluating
 from soteacher.models.taps import Tapped, find_taps
 
 BATCH_SIZE = 128
@@ -85,17 +86,14 @@ def measured(
     if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in tensors):
         classifier = deepcopy(classifier).float()
     place = tensors[0].device
-    modes = {module: module.training for module in classifier.modules()}
-    classifier.to(device).eval()
+    classifier.to(device)
     counter = PassCounter(classifier)
     try:
-        with torch.autocast(device.type, enabled=False), _exact_products():
+        with evaluating(classifier), torch.autocast(device.type, enabled=False), _exact_products():
             yield classifier, counter
     finally:
         counter.close()
         classifier.to(place)
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @torch.no_grad()

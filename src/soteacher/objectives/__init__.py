@@ -199,6 +199,11 @@ def method(name: str) -> Method:
     return known[name]
 
 
+def reads_teacher(method: Method) -> bool:
+    """Return whether any term of a method reads a teacher."""
+    return any(objective_config(term).needs_teacher for term in method.terms)
+
+
 def _plugins(group: str, taken: Mapping[str, object]) -> Iterator[tuple[str, str, Any]]:
     """Yield name, package and value of a group's entry points; ``taken`` is looked at anew for each."""
     kind = group.removeprefix("soteacher.").removesuffix("s")

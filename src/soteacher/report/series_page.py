@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from soteacher.errors import InputError
-from soteacher.files import read_json, write_text
+from soteacher.files import read_json
 from soteacher.report.charts import Chart
 from soteacher.report.correlations import MIN_DECISIVE_PAIRS
 from soteacher.report.facts import run_facts
-from soteacher.report.page import provenance
+from soteacher.report.page import provenance, render
 from soteacher.report.record import RunRecord
 from soteacher.report.series_charts import axis_chart
 from soteacher.report.series_figures import QUANTITIES, Results, along, closeness, reference_teacher
@@ -56,8 +55,6 @@ def write_series_report(folder: Path) -> Path:
     Raises:
         InputError: the folder holds no series, or a file in it cannot be read.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # imported here: only reports need it
-
     config, results, time = _read(folder)
     first = results["points"][0] if results["points"] else {}
     record = RunRecord(config=config, results={**first, **results}, results_time=time, networks=())
@@ -76,16 +73,9 @@ def write_series_report(folder: Path) -> Path:
         "tally": tally_table(results),
         "reference": reference_teacher(results),
         "closeness": closeness(results).unit,
-        "style": resources.files("soteacher.report").joinpath("page.css").read_text(encoding="utf-8"),
         "sections": list(_sections(results, config.get("vary") or {})),
     }
-    environment = Environment(
-        loader=PackageLoader("soteacher", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    path = folder / "report.html"
-    write_text(path, environment.get_template("series_page.html").render(context).lstrip())
-    return path
+    return render("series_page.html", context, folder / "report.html")
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Any], datetime]:

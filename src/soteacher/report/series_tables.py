@@ -22,7 +22,7 @@ from soteacher.report.series_figures import (
     reference_teacher,
     students_of,
 )
-from soteacher.report.tables import Table, interval, percent, signed_points
+from soteacher.report.tables import Table, interval, percent, signed, signed_points
 from soteacher.statistics import (
     MIN_CORRELATED_PAIRS,
     PairedDifference,
@@ -193,17 +193,12 @@ def within_points_table(results: Results) -> Table:
             values = [value for value in found if value is not None]
             if values:
                 positive = sum(value > 0 for value in values)
-                rows.append((student, _word(judged), _plain(fmean(values)), f"{positive} of {len(values)}"))
+                rows.append((student, _word(judged), signed(fmean(values)), f"{positive} of {len(values)}"))
     return Table(
         columns=("student", "judged by", "mean rank correlation within a point", "points where it is above 0"),
         rows=tuple(rows),
         numeric=(False, False, True, True),
     )
-
-
-def _plain(value: float) -> str:
-    text = f"{value:+.2f}"
-    return "+0.00" if text == "-0.00" else text
 
 
 def tally_table(results: Results) -> Table:

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
 import soteacher
-from soteacher.config import SavedTeacher, StudyConfig, differences
+from soteacher.config import StudyConfig, differences
 from soteacher.errors import InputError
 from soteacher.files import read_json, write_json, write_text
 from soteacher.jobs import NetworkFactory, OnEvent, jobs_of
-from soteacher.models.zoo import check_network
+from soteacher.report.cards import flat_figures
 from soteacher.report.series_page import write_series_report
 from soteacher.run_folder import CONFIG, STATE, locked, network_folder, read_config
 from soteacher.series.config import SeriesConfig, SeriesPoint
 from soteacher.settings import parse, read_tree
 from soteacher.studies import pick_device, run_study
 from soteacher.studies import report_again as report_study_again
+from soteacher.study_checks import check_names
 
 SCHEMA = 1
 SERIES = "series.yaml"
@@ -93,15 +94,12 @@ def report_again(folder: Path) -> dict[str, Any]:
 
 
 def _check_names(points: Sequence[SeriesPoint], factories: Mapping[str, NetworkFactory]) -> None:
-    """Find misspelt networks of all points before the first is trained."""
+    """Find misspelt networks and missing packages of all points before the first is trained."""
     for point in points:
-        for spec in (*point.study.teachers.values(), *point.study.students.values()):
-            model = None if isinstance(spec, SavedTeacher) else spec.model
-            if model is not None and model not in factories:
-                try:
-                    check_network(model)
-                except InputError as error:
-                    raise InputError(f"point {point.name}: {error}") from error
+        try:
+            check_names(point.study, factories)
+        except InputError as error:
+            raise InputError(f"point {point.name}: {error}") from error
 
 
 def _claim(folder: Path, config: SeriesConfig, *, resume: bool) -> None:
@@ -176,19 +174,8 @@ def _point_results(folder: Path, point: SeriesPoint) -> dict[str, Any]:
     for row in results["rows"]:
         run = folder / "points" / point.name
         card = network_folder(run, row["role"], row["arm"], row["seed"]) / "card.json"
-        rows.append({**row, "card": _flat_figures(read_json(card)["figures"])} if card.exists() else row)
+        rows.append({**row, "card": flat_figures(read_json(card))} if card.exists() else row)
     return {
         "name": point.name, "folder": f"points/{point.name}", "on": point.on, "environment": results["environment"],
         "rows": rows, "summary": results["summary"],
     }  # fmt: skip
-
-
-def _flat_figures(figures: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Return the figures of a card by their paths, such as ``distance.train.mse``; those that are null are left out."""
-    flat: dict[str, float] = {}
-    for key, value in figures.items():
-        if isinstance(value, Mapping):
-            flat |= _flat_figures(cast("Mapping[str, Any]", value), f"{prefix}{key}.")
-        elif value is not None:
-            flat[f"{prefix}{key}"] = value
-    return flat

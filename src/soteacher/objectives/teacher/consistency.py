@@ -9,6 +9,7 @@ from torch import Tensor
 
 from soteacher.errors import InputError
 from soteacher.objective import Objective, ObjectiveConfig, Ramp
+from soteacher.objectives.prediction_memory import take_in_predictions
 from soteacher.precision import at_least_float32
 from soteacher.types import Step, Task
 
@@ -101,10 +102,6 @@ class Consistency(Objective[Step]):
         predictions = at_least_float32(step.outputs.logits).softmax(dim=-1)
         return squared_distance(predictions, self.average[step.indices], self.count[step.indices]).mean()
 
-    @torch.no_grad()
     def update(self, step: Step) -> None:
         """Take this step's predictions into the averages of its examples."""
-        predictions = step.outputs.logits.softmax(dim=-1, dtype=torch.float32)
-        count = self.count[step.indices]
-        self.average[step.indices] = running_mean(self.average[step.indices], predictions, count)
-        self.count[step.indices] = count + 1
+        take_in_predictions(self.average, self.count, step, running_mean)
