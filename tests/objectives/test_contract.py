@@ -322,6 +322,7 @@ def test_builds_on_networks_of_every_kind(name: str, networks: str, make_pair: C
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the compiler's own look
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated")  # the compiler does so
 def test_compiled_objective_gives_the_same(warm: Objective[Any], pair: Any) -> None:
     step = pair.step(warm)
     torch.compiler.reset()

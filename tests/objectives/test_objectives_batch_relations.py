@@ -106,7 +106,9 @@ def test_triplet_angles_equal_a_loop(embeddings: tuple[Tensor, Tensor]) -> None:
 def test_triplet_angles_are_exact_for_examples_close_by() -> None:
     points = torch.tensor([[1.0, 1.0], [1.0 + 2**-12, 1.0], [1.0, 1.0 + 2**-12], [-100.0, 30.0]])
     assert triplet_angles(points)[0, 1, 2] == 0
-    torch.testing.assert_close(triplet_angles(points), triplet_angles(points.double()).float(), rtol=1e-5, atol=1e-6)
+    differences = (points[None] - points[:, None]).double()
+    expected = torch.nn.functional.cosine_similarity(differences[:, :, None], differences[:, None], dim=3)
+    torch.testing.assert_close(triplet_angles(points), expected.float(), rtol=1e-5, atol=1e-6)
 
 
 def test_relational_distance_weighs_its_two_parts(embeddings: tuple[Tensor, Tensor]) -> None:

@@ -53,6 +53,19 @@ def test_weight_l1_sum_gradient(network: nn.Module) -> None:
     assert torch.autograd.gradcheck(lambda *_: weight_l1_sum(network), weights)
 
 
+def test_weight_l1_sum_is_the_sum_of_the_norms() -> None:
+    torch.manual_seed(1)
+    network = nn.Sequential(
+        nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose1d(2, 3, 2), nn.Conv3d(2, 2, 2),
+        nn.BatchNorm2d(6), nn.Linear(3, 4),
+    )  # fmt: skip
+    weights = [layer.get_parameter("weight") for layer in network]
+    value, plain = weight_l1_sum(network), torch.stack([weight_l1_norm(layer) for layer in network]).sum()
+    torch.testing.assert_close(value, plain, rtol=1e-6, atol=0)
+    for one, other in zip(torch.autograd.grad(value, weights), torch.autograd.grad(plain, weights), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_weight_l1_sum_of_half_precision_weights_is_float32(network: nn.Module) -> None:
     half = weight_l1_sum(network.bfloat16())
     torch.testing.assert_close(half, weight_l1_sum(network.float()), rtol=1e-6, atol=0)

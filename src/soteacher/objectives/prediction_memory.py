@@ -23,6 +23,6 @@ def take_in_predictions(
         mean: ``(average, value, count)`` to the average that holds the value as well.
     """
     predictions = step.outputs.logits.softmax(dim=-1, dtype=torch.float32)
-    before = count[step.indices]
-    average[step.indices] = mean(average[step.indices], predictions, before)
-    count[step.indices] = before + 1
+    before = count.index_select(0, step.indices)
+    average.index_copy_(0, step.indices, mean(average.index_select(0, step.indices), predictions, before))
+    count.index_copy_(0, step.indices, before + 1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from soteacher.objective import Method, Objective
 from soteacher.objectives.features import FeatureConfig, TapPair, mismatch, student_maps, teacher_maps, to_smaller
 from soteacher.objectives.shapes import check_maps
+from soteacher.objectives.squares import mean_square
 from soteacher.objectives.unit_vectors import unit_vectors
 from soteacher.precision import at_least_float32
 from soteacher.types import DistillStep, Task
@@ -30,7 +31,7 @@ def attention_map(maps: Tensor) -> Tensor:
     Source: Zagoruyko and Komodakis, ICLR 2017, arXiv:1612.03928, section 3.1 (from memory of the paper, not
     checked), the sum of squares.
     """
-    return unit_vectors(at_least_float32(maps).square().mean(dim=1).flatten(1))
+    return unit_vectors(mean_square(at_least_float32(maps), 1).flatten(1))
 
 
 def attention_distance(student_maps: Tensor, teacher_maps: Tensor) -> Tensor:

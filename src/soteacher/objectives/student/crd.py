@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import final
+from collections.abc import Iterable
+from typing import Any, cast, final
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from soteacher.errors import InputError
 from soteacher.objective import Method, Objective
@@ -52,8 +52,9 @@ def contrastive_negative_log_likelihood(log_probabilities: Tensor, *, num_exampl
         )
     noise = (log_probabilities.shape[1] - 1) / num_examples
     log_odds = log_probabilities - math.log(noise + EPSILON)
-    positive, negatives = F.softplus(-log_odds[:, 0]), F.softplus(log_odds[:, 1:]).sum(dim=1)
-    return positive + negatives + (log_probabilities.shape[1] - 1) * (math.log(noise + EPSILON) - math.log(noise))
+    positive, negatives = log_odds.split((1, log_odds.shape[1] - 1), dim=1)  # slices would have a gradient each
+    losses = F.softplus(-positive).squeeze(1) + F.softplus(negatives).sum(dim=1)
+    return losses + (log_probabilities.shape[1] - 1) * (math.log(noise + EPSILON) - math.log(noise))
 
 
 def contrast_scores(embedding: Tensor, memory: Tensor, rows: Tensor, *, temperature: float) -> Tensor:
@@ -82,25 +83,47 @@ def contrast_scores(embedding: Tensor, memory: Tensor, rows: Tensor, *, temperat
         )
     if not temperature > 0 or not math.isfinite(temperature):
         raise InputError(f"temperature must be positive and finite, got {temperature}")
-    with full_precision(embedding):
-        if len(memory) <= DENSE_RATIO * rows.shape[1]:
-            return (embedding @ memory.T).gather(1, rows) / temperature
-        return _gathered_scores(embedding, memory, rows) / temperature
+    return cast("Tensor", _RowProducts.apply(embedding / temperature, memory, rows))
 
 
-def _gathered_scores(embedding: Tensor, memory: Tensor, rows: Tensor) -> Tensor:
-    """Look the rows up, for some examples at a time, and once more for the gradient: they may not fit all at once."""
-    numbers = GATHERED_NUMBERS.get(embedding.device.type, GATHERED_NUMBERS["cpu"])
+class _RowProducts(torch.autograd.Function):
+    """Scalar products with rows of a memory, ``[B, M]``; nothing of ``[B, N]`` or ``[B, M, D]`` is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, embedding: Tensor, memory: Tensor, rows: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(memory, rows)
+        with full_precision(embedding):
+            if _is_dense(memory, rows):
+                return (embedding @ memory.T).gather(1, rows)
+            portions = _portions(embedding, memory, rows)
+            return torch.cat([(F.embedding(some, memory) @ own.unsqueeze(2)).squeeze(2) for own, some in portions])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        memory, rows = ctx.saved_tensors
+        with full_precision(gradient):
+            return _weighted_sums(gradient, memory, rows), None, None
+
+
+def _weighted_sums(weights: Tensor, memory: Tensor, rows: Tensor) -> Tensor:
+    """Return the sums of a memory's rows, weighted by ``[B, M]``: ``[B, D]``."""
+    if weights.device.type == "cpu":
+        return F.embedding_bag(rows, memory, mode="sum", per_sample_weights=weights)
+    if _is_dense(memory, rows):  # a GPU has a bag of thousands of rows added up by a few threads
+        return weights.new_zeros(len(rows), len(memory)).scatter_add_(1, rows, weights) @ memory
+    portions = _portions(weights, memory, rows)
+    return torch.cat([(own.unsqueeze(1) @ F.embedding(some, memory)).squeeze(1) for own, some in portions])
+
+
+def _is_dense(memory: Tensor, rows: Tensor) -> bool:
+    return len(memory) <= DENSE_RATIO * rows.shape[1]
+
+
+def _portions(examples: Tensor, memory: Tensor, rows: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+    """Return some examples and their rows at a time: all rows that are looked up may not fit at once."""
+    numbers = GATHERED_NUMBERS.get(memory.device.type, GATHERED_NUMBERS["cpu"])
     size = max(1, numbers // (rows.shape[1] * memory.shape[1]))
-    parts = [
-        checkpoint(_scores_of_rows, *part, memory, use_reentrant=False, preserve_rng_state=False)
-        for part in zip(embedding.split(size), rows.split(size), strict=True)
-    ]
-    return torch.cat(parts)  # pyright: ignore[reportArgumentType] checkpoint does not say what it returns
-
-
-def _scores_of_rows(embedding: Tensor, rows: Tensor, memory: Tensor) -> Tensor:
-    return (F.embedding(rows, memory) @ embedding.unsqueeze(-1)).squeeze(-1)
+    return zip(examples.split(size), rows.split(size), strict=True)
 
 
 def log_contrast_normalizer(scores: Tensor, *, num_examples: int) -> Tensor:
@@ -181,7 +204,9 @@ class CRD(Objective[DistillStep]):
         self.register_buffer("student_memory", torch.empty(shape).uniform_(-bound, bound))
         self.register_buffer("teacher_memory", torch.empty(shape).uniform_(-bound, bound))
         self.register_buffer("log_normalizers", torch.full((2,), torch.nan))
-        self._normalized = False  # of a resumed objective too: what it then keeps is what it has
+        # Asked on the host, so that a device is not waited for in every step. A resumed objective asks once more.
+        self._normalized = False
+        self.register_load_state_dict_post_hook(_ask_for_normalizers)
 
     def forward(self, step: DistillStep) -> Tensor:
         """Return the mean over the batch of the two directions' sum."""
@@ -200,7 +225,7 @@ class CRD(Objective[DistillStep]):
         The embeddings are those of the loss as long as no optimiser has moved their layers in between.
         """
         student, teacher = self._embeddings(step)
-        if not self._normalized:  # asked on the host, so that a device is not waited for in every step
+        if not self._normalized:
             self.log_normalizers.copy_(self._normalizers(self._scores(step, student, teacher)))
             self._normalized = True
         for memory, new in ((self.student_memory, student), (self.teacher_memory, teacher)):
@@ -227,8 +252,15 @@ class CRD(Objective[DistillStep]):
 
     def _normalizers(self, scores: tuple[Tensor, Tensor]) -> Tensor:
         """Return those of the first step; in that step, its own."""
+        if self._normalized:
+            return self.log_normalizers
         own = [log_contrast_normalizer(side, num_examples=self.others.num_examples) for side in scores]
         return torch.where(self.log_normalizers.isnan(), torch.stack(own), self.log_normalizers)
+
+
+def _ask_for_normalizers(objective: CRD, incompatible_keys: object) -> None:
+    del incompatible_keys
+    objective._normalized = False  # pyright: ignore[reportPrivateUsage] the objective's own hook
 
 
 @final
@@ -263,9 +295,9 @@ class _OtherClasses(nn.Module):
         size = self.sizes[labels].unsqueeze(1)
         # From so wide a range the remainder is uniform to 1 in 10^11, and reaches every place at any size.
         wide = torch.randint(2**62, (len(labels), number), generator=generator, device=labels.device)
-        place = wide % (len(self.order) - size)
+        place = wide.remainder_(len(self.order) - size)  # in place: these are millions of numbers
         # Places from the own class's beginning on stand behind its block.
-        return self.order[place + size * (place >= self.starts[labels].unsqueeze(1))]
+        return self.order[place.add_(size * (place >= self.starts[labels].unsqueeze(1)))]
 
 
 METHOD = Method(

@@ -38,18 +38,22 @@ def pearson_distance(first: Tensor, second: Tensor) -> Tensor:
     Source: Huang et al., NeurIPS 2022, arXiv:2205.10536, section 4. The authors' code has gradients of the size of
     :math:`1 / \epsilon` at constant rows.
     """
-    centred_first, centred_second = _centred(first), _centred(second)
-    norms = centred_first.norm(dim=-1) * centred_second.norm(dim=-1)
-    correlation = (centred_first * centred_second).sum(dim=-1) / (norms + EPSILON)
-    return 1 - correlation
+    (centred_first, norm_first), (centred_second, norm_second) = _centred(first), _centred(second)
+    products = (centred_first * centred_second).sum(dim=-1)
+    # Where a row is constant there is no product, whatever the norms are, and no gradient through them.
+    constant = _is_constant(first, norm_first) | _is_constant(second, norm_second)
+    return 1 - products.masked_fill(constant, 0.0) / (norm_first * norm_second + EPSILON)
 
 
-def _centred(rows: Tensor) -> Tensor:
-    """Return rows less their means; exact zeros, without gradients, where nothing but rounding is left."""
+def _centred(rows: Tensor) -> tuple[Tensor, Tensor]:
     centred = rows - rows.mean(dim=-1, keepdim=True)
-    smallest = ROUNDINGS * torch.finfo(rows.dtype).eps * rows.detach().norm(dim=-1, keepdim=True)
-    constant = centred.detach().norm(dim=-1, keepdim=True) <= smallest
-    return centred.masked_fill(constant, 0.0)
+    return centred, torch.linalg.vector_norm(centred, dim=-1)
+
+
+@torch.no_grad()
+def _is_constant(rows: Tensor, centred_norm: Tensor) -> Tensor:
+    """Return where nothing but rounding is left of rows less their means."""
+    return centred_norm <= ROUNDINGS * torch.finfo(rows.dtype).eps * torch.linalg.vector_norm(rows, dim=-1)
 
 
 def inter_class_distance(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
@@ -70,8 +74,7 @@ def inter_class_distance(student_logits: Tensor, teacher_logits: Tensor, *, temp
 
     Source: Huang et al., NeurIPS 2022, arXiv:2205.10536, section 4.
     """
-    student, teacher = _probabilities(student_logits, teacher_logits, temperature)
-    return temperature**2 * pearson_distance(student, teacher)
+    return temperature**2 * pearson_distance(*_probabilities(student_logits, teacher_logits, temperature))
 
 
 def intra_class_distance(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
@@ -133,9 +136,10 @@ def dist_distance(
     Source: Huang et al., NeurIPS 2022, arXiv:2205.10536, section 4.
     """
     check_positive(inter_class_weight=inter_class_weight, intra_class_weight=intra_class_weight)
-    examples = inter_class_distance(student_logits, teacher_logits, temperature=temperature).mean()
-    classes = intra_class_distance(student_logits, teacher_logits, temperature=temperature).mean()
-    return inter_class_weight * examples + intra_class_weight * classes
+    student, teacher = _probabilities(student_logits, teacher_logits, temperature)
+    examples = pearson_distance(student, teacher).mean()
+    classes = pearson_distance(student.transpose(0, 1), teacher.transpose(0, 1)).mean()
+    return temperature**2 * (inter_class_weight * examples + intra_class_weight * classes)
 
 
 class DISTConfig(ObjectiveConfig):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar, final
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
@@ -35,19 +37,36 @@ def target_class_divergence(
 
     Source: Zhao et al., CVPR 2022, arXiv:2203.08679, section 3, where it is called TCKD.
     """
+    student, teacher = _split(student_logits, teacher_logits, labels, temperature)
+    return temperature**2 * _target_divergence(student.margin, teacher.margin)
+
+
+@dataclass(frozen=True, slots=True)
+class _Split:
+    """Softened predictions, the target's apart from the others'."""
+
+    margin: Tensor
+    r""":math:`\log p_y - \log(1 - p_y)`, ``[B]``."""
+    log_others: Tensor
+    r""":math:`\log q`, ``[B, K - 1]``."""
+
+
+def _split(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float) -> tuple[_Split, _Split]:
     check_logits(student_logits, teacher_logits, labels)
     check_positive(temperature=temperature)
-    student = _target_margin(at_least_float32(student_logits) / temperature, labels)
-    teacher = _target_margin(at_least_float32(teacher_logits.detach()) / temperature, labels)
-    # b = (sigmoid(margin), sigmoid(-margin)): no share is computed as 1 minus the other one.
-    target = teacher.sigmoid() * (F.logsigmoid(teacher) - F.logsigmoid(student))
-    rest = (-teacher).sigmoid() * (F.logsigmoid(-teacher) - F.logsigmoid(-student))
-    return temperature**2 * (target + rest)
+    return _split_one(student_logits, labels, temperature), _split_one(teacher_logits.detach(), labels, temperature)
 
 
-def _target_margin(logits: Tensor, labels: Tensor) -> Tensor:
-    r"""Return :math:`\log p_y - \log(1 - p_y)`, ``[B]``."""
-    return target_logits(logits, labels) - other_logits(logits, labels).logsumexp(dim=1)
+def _split_one(logits: Tensor, labels: Tensor, temperature: float) -> _Split:
+    softened = at_least_float32(logits) / temperature
+    others = other_logits(softened, labels)
+    return _Split(target_logits(softened, labels) - others.logsumexp(dim=1), F.log_softmax(others, dim=1))
+
+
+def _target_divergence(student_margin: Tensor, teacher_margin: Tensor) -> Tensor:
+    """Return the divergence of two shares each, ``[B]``; no share is computed as 1 minus the other one."""
+    student, teacher = (torch.stack([margin, -margin]) for margin in (student_margin, teacher_margin))
+    return F.kl_div(F.logsigmoid(student), F.logsigmoid(teacher), reduction="none", log_target=True).sum(dim=0)
 
 
 def non_target_class_divergence(
@@ -71,12 +90,9 @@ def non_target_class_divergence(
 
     Source: Zhao et al., CVPR 2022, arXiv:2203.08679, section 3, where it is called NCKD.
     """
-    check_logits(student_logits, teacher_logits, labels)
-    check_positive(temperature=temperature)
-    student = other_logits(at_least_float32(student_logits), labels) / temperature
-    teacher = other_logits(at_least_float32(teacher_logits.detach()), labels) / temperature
-    log_student, log_teacher = F.log_softmax(student, dim=1), F.log_softmax(teacher, dim=1)
-    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim=1)
+    student, teacher = _split(student_logits, teacher_logits, labels, temperature)
+    others = F.kl_div(student.log_others, teacher.log_others, reduction="none", log_target=True)
+    return temperature**2 * others.sum(dim=1)
 
 
 def dkd_divergence(
@@ -113,9 +129,10 @@ def dkd_divergence(
     logit where we leave it out, and takes logarithms of probabilities where we stay in log space.
     """
     check_positive(target_weight=target_weight, non_target_weight=non_target_weight)
-    target = target_class_divergence(student_logits, teacher_logits, labels, temperature=temperature)
-    others = non_target_class_divergence(student_logits, teacher_logits, labels, temperature=temperature)
-    return target_weight * target + non_target_weight * others
+    student, teacher = _split(student_logits, teacher_logits, labels, temperature)
+    target = _target_divergence(student.margin, teacher.margin)
+    others = F.kl_div(student.log_others, teacher.log_others, reduction="none", log_target=True).sum(dim=1)
+    return temperature**2 * (target_weight * target + non_target_weight * others)
 
 
 class DKDConfig(ObjectiveConfig):

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from soteacher.objective import Method, Objective
 from soteacher.objectives.connectors import MapConnector
+from soteacher.objectives.example_rows import example_rows
 from soteacher.objectives.features import FeatureConfig, TapPair, student_maps, teacher_maps
 from soteacher.objectives.shapes import check_one_shape
+from soteacher.objectives.squares import squared_norm
 from soteacher.precision import at_least_float32, full_precision
 from soteacher.types import DistillStep, Task
 
@@ -35,8 +37,8 @@ def hint_distance(predicted_maps: Tensor, teacher_maps: Tensor) -> Tensor:
     where half of a sum stands for the mean; the mean is that of RepDistiller's code.
     """
     check_one_shape(predicted_maps, teacher_maps, "maps")
-    difference = at_least_float32(predicted_maps) - at_least_float32(teacher_maps.detach())
-    return difference.square().flatten(1).mean(dim=1)
+    difference = example_rows(at_least_float32(predicted_maps) - at_least_float32(teacher_maps.detach()))
+    return squared_norm(difference) / difference.shape[1]
 
 
 class FitNetConfig(FeatureConfig):

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from soteacher.objective import Method, Objective
 from soteacher.objectives.features import FeatureConfig, TapPair, student_maps, teacher_maps, to_smaller
+from soteacher.objectives.gram import gram_matrix
 from soteacher.objectives.shapes import check_maps
-from soteacher.objectives.unit_vectors import unit_vectors
+from soteacher.objectives.unit_vectors import LEAST_SQUARED_NORM, unit_vectors
 from soteacher.precision import at_least_float32, full_precision
 from soteacher.types import DistillStep, Task
 
@@ -43,19 +44,37 @@ def selectivity_discrepancy(student_maps: Tensor, teacher_maps: Tensor) -> Tenso
     """
     check_maps(student_maps, teacher_maps)
     student, teacher = to_smaller(at_least_float32(student_maps), at_least_float32(teacher_maps.detach()))
-    student, teacher = unit_vectors(student.flatten(2)), unit_vectors(teacher.flatten(2))
+    student, teacher = student.flatten(2), teacher.flatten(2)
     student_channels, teacher_channels, num_pixels = student.shape[1], teacher.shape[1], student.shape[2]
     by_channels = student_channels**2 + teacher_channels**2 + student_channels * teacher_channels
+    if by_channels < num_pixels * (student_channels + teacher_channels):
+        return _by_channels(student, teacher)
+    students, teachers = (gram_matrix(unit_vectors(side).mT) / side.shape[1] for side in (student, teacher))
+    return (students - teachers).square().sum(dim=(1, 2))
+
+
+def _by_channels(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the left side of the equation; the lengths of the channels are taken from the products' diagonals."""
     with full_precision(student):
-        if by_channels < num_pixels * (student_channels + teacher_channels):
-            return _kernel(student, student) + _kernel(teacher, teacher) - 2 * _kernel(student, teacher)
-        difference = student.mT @ student / student_channels - teacher.mT @ teacher / teacher_channels
-        return difference.square().sum(dim=(1, 2))
+        across = student @ teacher.mT
+    students, teachers = gram_matrix(student), gram_matrix(teacher)
+    student_scales, teacher_scales = _inverse_lengths(students), _inverse_lengths(teachers)
+    return (
+        _mean_kernel(students, student_scales, student_scales)
+        + _mean_kernel(teachers, teacher_scales, teacher_scales)
+        - 2 * _mean_kernel(across, student_scales, teacher_scales)
+    )
 
 
-def _kernel(first: Tensor, second: Tensor) -> Tensor:
-    """Return the mean squared scalar product of all pairs of channels: ``[B]``."""
-    return (first @ second.mT).square().mean(dim=(1, 2))
+def _inverse_lengths(products: Tensor) -> Tensor:
+    """Return what makes channels as long as :func:`unit_vectors` does: ``[B, C]`` of ``[B, C, C]``."""
+    squared = products.diagonal(dim1=1, dim2=2)
+    return squared.where(squared > LEAST_SQUARED_NORM, 1.0).rsqrt()
+
+
+def _mean_kernel(products: Tensor, scales: Tensor, other_scales: Tensor) -> Tensor:
+    """Return the mean squared scalar product of all pairs of scaled channels: ``[B]``."""
+    return (products * scales[:, :, None] * other_scales[:, None, :]).square().mean(dim=(1, 2))
 
 
 class NSTConfig(FeatureConfig):

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from soteacher.objective import Method, Objective
 from soteacher.objectives.features import FeatureConfig, TapPair, as_vectors
+from soteacher.objectives.gram import gram_matrix
 from soteacher.objectives.shapes import check_vectors
 from soteacher.objectives.unit_vectors import unit_vectors
-from soteacher.precision import at_least_float32, full_precision
+from soteacher.precision import at_least_float32
 from soteacher.types import DistillStep, Task
 
 EPSILON = 1e-7
@@ -33,9 +34,7 @@ def neighbour_probabilities(embeddings: Tensor) -> Tensor:
     Source: Passalis and Tefas, ECCV 2018, arXiv:1803.10837, the conditional probabilities with the cosine kernel, as
     in the authors' code, which RepDistiller took over.
     """
-    directions = unit_vectors(at_least_float32(embeddings))
-    with full_precision(directions):
-        similarity = (directions @ directions.mT + 1) / 2
+    similarity = (gram_matrix(unit_vectors(at_least_float32(embeddings))) + 1) / 2
     return similarity / similarity.sum(dim=1, keepdim=True)
 
 

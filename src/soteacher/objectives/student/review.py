@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from soteacher.errors import InputError
 from soteacher.objective import Method, Objective
 from soteacher.objectives.connectors import BatchNormalization
+from soteacher.objectives.example_rows import example_rows
 from soteacher.objectives.features import FeatureConfig, TapPair, facts_of, map_shape, student_maps, teacher_maps
+from soteacher.objectives.squares import squared_norm
 from soteacher.precision import at_least_float32, full_precision
 from soteacher.types import DistillStep, Task
 
@@ -48,11 +50,23 @@ def hierarchical_context_distance(student_maps: Tensor, teacher_maps: Tensor) ->
         )
     # Pooling is linear: the difference is pooled once instead of each side.
     difference = at_least_float32(student_maps) - at_least_float32(teacher_maps.detach())
-    smaller = [level for level in LEVELS if level < min(difference.shape[2:])]
-    pooled = [difference, *(F.adaptive_avg_pool2d(difference, level) for level in smaller)]
-    weights = [2.0**-index for index in range(len(pooled))]
-    levels = [weight * maps.square().flatten(1).mean(dim=1) for weight, maps in zip(weights, pooled, strict=True)]
+    resolutions = _resolutions(difference)
+    weights = [2.0**-index for index in range(len(resolutions))]
+    levels = [
+        squared_norm(rows) * (weight / rows.shape[1])
+        for weight, rows in zip(weights, map(example_rows, resolutions), strict=True)
+    ]
     return sum(levels[1:], levels[0]) / sum(weights)
+
+
+def _resolutions(maps: Tensor) -> list[Tensor]:
+    """Return the maps and what they are averaged to, each from the smallest that gives the same as the whole."""
+    found, source = [maps], maps
+    for level in LEVELS:
+        if level < min(maps.shape[2:]):
+            found.append(F.adaptive_avg_pool2d(source, level))
+            source = found[-1] if all(side % level == 0 for side in source.shape[2:]) else source
+    return found
 
 
 @final

@@ -13,10 +13,13 @@ from torch import Tensor
 from soteacher.errors import InputError
 from soteacher.objective import Method, Objective
 from soteacher.objectives.features import FeatureConfig, TapPair, as_vectors
+from soteacher.objectives.gram import gram_matrix
 from soteacher.objectives.shapes import check_vectors
-from soteacher.objectives.unit_vectors import LEAST_SQUARED_NORM
-from soteacher.precision import at_least_float32, full_precision
+from soteacher.precision import at_least_float32
 from soteacher.types import DistillStep, Task
+
+LEAST_DISTANCE = 1e-12
+"""Two examples that are nearer to each other than this are equal, and there is no direction from one to the other."""
 
 
 def relative_distances(embeddings: Tensor) -> Tensor:
@@ -35,9 +38,16 @@ def relative_distances(embeddings: Tensor) -> Tensor:
     Source: Park et al., CVPR 2019, arXiv:1904.05068, equations 6 and 7 (numbers of equations in this file are from
     memory of the paper, not checked).
     """
+    return _relative(_distances(embeddings))
+
+
+def _distances(embeddings: Tensor) -> Tensor:
     # The form by scalar products would round: 0 for equal examples is wanted, and a gradient of 0 there.
     embeddings = at_least_float32(embeddings)
-    distances = torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.cdist(embeddings, embeddings, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def _relative(distances: Tensor) -> Tensor:
     mean = distances.sum() / (distances > 0).sum().clamp(min=1)
     return distances / mean.where(mean > 0, 1.0)
 
@@ -56,13 +66,18 @@ def triplet_angles(embeddings: Tensor) -> Tensor:
 
     Source: Park et al., CVPR 2019, arXiv:1904.05068, equation 9.
     """
-    embeddings = at_least_float32(embeddings)
-    # Scalar products of the embeddings themselves would do without [B, B, D], but cancel for examples close by.
-    differences = embeddings[None] - embeddings[:, None]
-    with full_precision(embeddings):
-        products = differences @ differences.mT
-    squared = products.diagonal(dim1=1, dim2=2)
-    inverse = squared.where(squared > LEAST_SQUARED_NORM, 1.0).rsqrt()
+    return _angles(embeddings, _distances(embeddings))
+
+
+def _angles(embeddings: Tensor, distances: Tensor) -> Tensor:
+    # Scalar products of differences, from those of the embeddings: that needs no [B, B, D], but cancels for examples
+    # close by. In double precision, around the batch's centre, less is lost than by the rounding of single-precision
+    # embeddings themselves: a cosine is off by 1e-16 times the square of (distance from the centre / distance).
+    wide = embeddings.double()
+    products = gram_matrix(wide - wide.detach().mean(dim=0))
+    halved = products - products.diagonal()[:, None] / 2  # [i, j]: e_i e_j - e_i e_i / 2
+    products = ((products - halved[:, :, None]) - halved[:, None, :]).to(distances.dtype)
+    inverse = distances.where(distances > LEAST_DISTANCE, torch.inf).reciprocal()
     return products * inverse[:, :, None] * inverse[:, None, :]
 
 
@@ -79,8 +94,8 @@ def relational_distance(
     Args:
         student_embedding: ``[B, D_s]``; gradients flow.
         teacher_embedding: ``[B, D_t]``; a constant.
-        distance_weight: :math:`w_D \ge 0`; where it is 0 the distances are not computed.
-        angle_weight: :math:`w_A \ge 0`; likewise for the angles, which cost :math:`B^2 D + B^3`.
+        distance_weight: :math:`w_D \ge 0`; where it is 0 the distances are not compared.
+        angle_weight: :math:`w_A \ge 0`; where it is 0 the angles, which cost :math:`B^3`, are not computed.
 
     Returns:
         A scalar, float32 (float64 from float64 embeddings); 0 at agreement. Shifts, rotations and a factor of all
@@ -95,13 +110,13 @@ def relational_distance(
     check_vectors(student_embedding, teacher_embedding)
     if min(distance_weight, angle_weight) < 0 or not max(distance_weight, angle_weight) > 0:
         raise InputError(f"weights must be 0 or more, one of them more: got {distance_weight} and {angle_weight}")
-    teacher_embedding = teacher_embedding.detach()
+    embeddings = student_embedding, teacher_embedding.detach()
+    distances = _distances(embeddings[0]), _distances(embeddings[1])
     losses: list[Tensor] = []
     if distance_weight > 0:
-        distances = relative_distances(student_embedding), relative_distances(teacher_embedding)
-        losses.append(distance_weight * F.smooth_l1_loss(*distances))
+        losses.append(distance_weight * F.smooth_l1_loss(_relative(distances[0]), _relative(distances[1])))
     if angle_weight > 0:
-        angles = triplet_angles(student_embedding), triplet_angles(teacher_embedding)
+        angles = _angles(embeddings[0], distances[0]), _angles(embeddings[1], distances[1])
         losses.append(angle_weight * F.smooth_l1_loss(*angles))
     return torch.stack(losses).sum()
 

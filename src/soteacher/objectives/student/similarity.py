@@ -10,9 +10,11 @@ from torch import Tensor
 
 from soteacher.errors import InputError
 from soteacher.objective import Method, Objective
+from soteacher.objectives.example_rows import example_rows
 from soteacher.objectives.features import FeatureConfig, TapPair, student_maps, teacher_maps
+from soteacher.objectives.gram import gram_matrix
 from soteacher.objectives.unit_vectors import unit_vectors
-from soteacher.precision import at_least_float32, full_precision
+from soteacher.precision import at_least_float32
 from soteacher.types import DistillStep, Task
 
 
@@ -30,9 +32,7 @@ def batch_similarity(features: Tensor) -> Tensor:
     Source: Tung and Mori, ICCV 2019, arXiv:1907.09682, equations 1 to 3 (from memory of the paper, not checked);
     the loss is that of RepDistiller's code.
     """
-    flat = at_least_float32(features).flatten(1)
-    with full_precision(flat):
-        return unit_vectors(flat @ flat.mT)
+    return unit_vectors(gram_matrix(example_rows(at_least_float32(features))))
 
 
 def similarity_distance(student_features: Tensor, teacher_features: Tensor) -> Tensor:

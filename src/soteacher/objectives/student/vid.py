@@ -15,6 +15,7 @@ from soteacher.errors import InputError
 from soteacher.objective import Method, Objective
 from soteacher.objectives.features import FeatureConfig, TapPair, student_maps, teacher_maps, to_smaller
 from soteacher.objectives.shapes import check_one_shape
+from soteacher.objectives.squares import squared_norm
 from soteacher.precision import at_least_float32, full_precision
 from soteacher.types import DistillStep, Task
 
@@ -48,9 +49,10 @@ def variational_information_loss(predicted_mean: Tensor, teacher_maps: Tensor, l
             f"one log_scale for each channel of maps [B, C, H, W] is wanted, got {list(log_scale.shape)} and maps "
             f"{list(predicted_mean.shape)}"
         )
-    variance = (F.softplus(at_least_float32(log_scale)) + LEAST_VARIANCE).view(-1, 1, 1)
-    squared = (at_least_float32(predicted_mean) - at_least_float32(teacher_maps.detach())).square()
-    return 0.5 * (squared / variance + variance.log()).flatten(1).mean(dim=1)
+    variance = F.softplus(at_least_float32(log_scale)) + LEAST_VARIANCE
+    difference = (at_least_float32(predicted_mean) - at_least_float32(teacher_maps.detach())).flatten(2)
+    squared = squared_norm(difference) / difference.shape[2]  # the pixels of a channel have one variance
+    return 0.5 * (squared / variance + variance.log()).mean(dim=1)
 
 
 class VIDConfig(FeatureConfig):

@@ -100,7 +100,8 @@ class Consistency(Objective[Step]):
     def forward(self, step: Step) -> Tensor:
         """Return the mean squared distance of the batch, from the averages before this step."""
         predictions = at_least_float32(step.outputs.logits).softmax(dim=-1)
-        return squared_distance(predictions, self.average[step.indices], self.count[step.indices]).mean()
+        average, count = self.average.index_select(0, step.indices), self.count.index_select(0, step.indices)
+        return squared_distance(predictions, average, count).mean()
 
     def update(self, step: Step) -> None:
         """Take this step's predictions into the averages of its examples."""

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from soteacher.objective import Objective, ObjectiveConfig
 from soteacher.objectives.teacher.lipschitz import (
+    ALL_ENTRIES,
     CONVOLUTIONS,
     TRANSPOSED_CONVOLUTIONS,
+    SumOfNorms,
     induced_norm,
     normed_layers,
 )
@@ -36,7 +38,7 @@ def weight_l1_norm(layer: nn.Module) -> Tensor:
     Source: released code of Dong, Liu and Shang, ICLR 2024, arXiv:2206.06661.
     """
     if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED_CONVOLUTIONS)):
-        return torch.linalg.vector_norm(at_least_float32(layer.weight), ord=1)
+        return at_least_float32(layer.weight).abs().sum()
     return induced_norm(layer)
 
 
@@ -52,7 +54,10 @@ def weight_l1_sum(network: nn.Module) -> Tensor:
     Raises:
         InputError: no layer has such a norm, or a batch norm keeps no running variance.
     """
-    return torch.stack([weight_l1_norm(layer) for layer in normed_layers(network)]).sum()
+    layers = normed_layers(network)
+    if torch.compiler.is_compiling():  # as in ``lipschitz_bound_sum``
+        return torch.stack([weight_l1_norm(layer) for layer in layers]).sum()
+    return SumOfNorms.over(layers, convolutions=ALL_ENTRIES)
 
 
 class WeightL1Config(ObjectiveConfig):
