@@ -19,8 +19,9 @@ docs: .venv/dev.done
 	$(BIN)/mkdocs build --strict
 
 benchmark: .venv/dev.done
-	$(BIN)/python -m benchmarks.step
-	$(BIN)/python -m benchmarks.methods
+	for name in input optimizers teachers step distillation objectives methods side_by_side start teacher_cache; do \
+		$(BIN)/python -m benchmarks.$$name || exit; \
+	done
 
 # The constraints pin every package; that of torch makes pip take a CPU build where it finds one.
 .venv/bin/pip:

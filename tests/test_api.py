@@ -128,7 +128,7 @@ def test_run_tells_of_every_network(tmp_path: Path, tiny_tree: Callable[..., dic
         on_event=lambda job, event: events.setdefault(job.name, []).append(event["event"]),
     )  # fmt: skip
     assert len(events) == len(results["rows"]) == 5
-    assert all(names == ["step", "epoch", "finished"] for names in events.values())
+    assert all(names == ["started", "step", "epoch", "finished"] for names in events.values())
 
 
 def test_run_takes_a_method_and_a_pair_of_networks(

@@ -1,11 +1,13 @@
 import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from soteacher import environment as module
-from soteacher.environment import PeakMemory, environment
+from soteacher.environment import KEPT_PAGES, PeakMemory, environment, keep_pages
 
 
 def test_the_environment_names_what_numbers_depend_on() -> None:
@@ -87,3 +89,62 @@ def test_the_peak_on_a_gpu_is_what_was_allocated() -> None:
     peak = memory.bytes()
     assert peak is not None
     assert 64 * MEGABYTE <= peak < 66 * MEGABYTE
+
+
+class Library:
+    """Stands for the C library; remembers what it was told."""
+
+    def __init__(self, answers: dict[int, int]) -> None:
+        self.told: dict[int, int] = {}
+        self._answers = answers
+
+    def mallopt(self, parameter: int, value: int) -> int:
+        self.told[parameter] = value
+        return self._answers.get(parameter, 1)
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Library]:
+    def put(answers: dict[int, int]) -> Library:
+        made = Library(answers)
+        monkeypatch.setattr(module.ctypes, "CDLL", lambda _: made)
+        return made
+
+    for name in KEPT_PAGES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    return put
+
+
+def test_freed_pages_are_kept_where_glibc_is(library: Callable[..., Library]) -> None:
+    told = library({})
+    assert keep_pages()
+    # M_TRIM_THRESHOLD is -1, M_TOP_PAD -2, M_MMAP_THRESHOLD -3; the values must be those of a C int.
+    assert told.told == {-1: 2**31 - 1, -2: 2**26, -3: 2**30}
+
+
+def test_a_refused_setting_keeps_none_of_the_others_from_being_made(library: Callable[..., Library]) -> None:
+    told = library({-3: 0})  # glibc before 2.35 takes no threshold above 32 MiB
+    assert not keep_pages()
+    assert set(told.told) == {-1, -2, -3}
+
+
+def test_what_the_environment_says_of_freed_pages_stays(
+    library: Callable[..., Library], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = library({})
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "0")
+    assert keep_pages()
+    assert set(told.told) == {-1, -3}
+
+
+def test_systems_without_glibc_keep_their_ways(
+    library: Callable[..., Library], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = library({})
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda _: object())
+    assert not keep_pages()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(module.ctypes, "CDLL", lambda _: told)
+    assert not keep_pages()
+    assert told.told == {}

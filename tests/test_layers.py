@@ -12,7 +12,7 @@ RANK = {  # a module may import lower ranks and itself; equal ranks do not impor
     "config": 5,
     "report": 6, "method_pages": 6, "run_folder": 6, "pool": 6,
     "jobs": 7,
-    "assembly": 8, "kept_epochs": 8,
+    "assembly": 8, "kept_epochs": 8, "teacher_answers": 8,
     "finished": 9,
     "networks": 10,
     "out_of_fold": 11,

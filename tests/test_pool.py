@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from soteacher.errors import InputError, InterruptedRunError, WorkerDiedError
-from soteacher.pool import Work, available_cores, default_workers, run_side_by_side
+from soteacher.pool import Work, available_cores, cores_of_workers, default_workers, run_side_by_side
 
 WORKER = """
 import json, os, signal, sys, time
@@ -246,3 +246,52 @@ def test_default_workers_share_the_cores(cores: int, networks: int, device: str,
 def test_available_cores_are_those_of_this_process() -> None:
     assert 1 <= available_cores() <= (os.cpu_count() or 1)
     assert json.dumps(available_cores()).isdigit()
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads", "cores", "pinned"),
+    [
+        (2, 1, {0, 1}, [[0], [1]]),
+        (2, 2, {7, 2, 3, 5}, [[2, 3], [5, 7]]),
+        (1, 2, {4, 9}, [[4, 9]]),
+        (2, 1, {0, 1, 2}, []),  # a core is left over: others may be at work
+        (4, 1, {0, 1}, []),
+        (2, 3, {0, 1, 2, 3}, []),
+    ],
+)
+def test_workers_that_fill_the_cores_stay_on_their_own(
+    monkeypatch: pytest.MonkeyPatch, workers: int, threads: int, cores: set[int], pinned: list[list[int]]
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores, raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None, raising=False)
+    assert cores_of_workers(workers, threads) == pinned
+
+
+def test_workers_stay_nowhere_where_the_system_cannot_be_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_setaffinity", raising=False)
+    assert cores_of_workers(2, 1) == []
+
+
+def test_each_worker_is_put_on_its_cores_and_the_log_says_so(
+    pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put: dict[int, list[int]] = {}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4, 5}, raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", put.__setitem__, raising=False)
+    events = pool([_work("a", seconds=0.4), _work("b", seconds=0.4)])
+    pids = {event["pid"] for _, event in events if event["event"] == "started"}
+    assert set(put) == pids
+    assert sorted(put.values()) == [[0, 1, 2], [3, 4, 5]]
+    assert (tmp_path / "log.txt").read_text().splitlines()[0] == (
+        "2 networks side by side, 3 threads each, each on its own cores [[0, 1, 2], [3, 4, 5]]; freed memory is kept "
+        "where glibc is"
+    )
+
+
+def test_workers_that_do_not_fill_the_cores_are_on_any(pool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(7)), raising=False)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *_: pytest.fail("put on cores"), raising=False)
+    pool([_work("a")])
+    assert (tmp_path / "log.txt").read_text().splitlines()[0] == (
+        "2 networks side by side, 3 threads each, on any cores; freed memory is kept where glibc is"
+    )

@@ -52,6 +52,32 @@ def test_a_pipe_gets_plain_lines_and_the_log_the_same(run: Path, capsys: pytest.
     assert (run / "log.txt").read_text() == EPOCH_LINE + FINISHED_LINE
 
 
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        (
+            {"channels_last": True, "compiled": False, "threads": 1},
+            "channels last, not compiled, 1 thread",
+        ),
+        (
+            {"channels_last": False, "compiled": True, "threads": 8, "teacher": "live: the study keeps no answers"},
+            "channels first, compiled, 8 threads, teacher live: the study keeps no answers",
+        ),
+        (
+            {"channels_last": True, "compiled": True, "threads": 2, "teacher": "kept answers"},
+            "channels last, compiled, 2 threads, teacher kept answers",
+        ),
+    ],
+)
+def test_the_log_says_how_a_network_is_run(
+    run: Path, capsys: pytest.CaptureFixture[str], how: dict[str, Any], line: str
+) -> None:
+    with ProgressDisplay(run) as display:
+        display(JOB, {"event": "started", "how": how})
+    assert capsys.readouterr().out == ""
+    assert (run / "log.txt").read_text() == f"student standard-kd/seed0: {line}\n"
+
+
 def test_a_pipe_is_not_flooded_and_the_log_has_every_epoch(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with ProgressDisplay(run) as display:
         for epoch in range(3):

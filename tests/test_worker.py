@@ -52,9 +52,9 @@ def _full(*_: object) -> None:
 
 def test_a_worker_trains_what_it_is_told_and_answers(work, run: Path) -> None:
     events = work(TEACHER, STUDENT)
-    assert [event["event"] for event in events] == 2 * ["step", "epoch", "finished", "done"]
-    assert events[2]["row"]["arm"] == "standard"
-    assert events[6]["row"]["teacher_arm"] == "standard"
+    assert [event["event"] for event in events] == 2 * ["started", "step", "epoch", "finished", "done"]
+    assert events[3]["row"]["arm"] == "standard"
+    assert events[8]["row"]["teacher_arm"] == "standard"
     assert (run / "students/standard-kd/seed0/model.json").exists()
 
 
@@ -63,7 +63,7 @@ def test_a_network_that_cannot_be_trained_is_told_and_the_next_is_tried(work, ru
     config.write_text(config.read_text().replace("learning_rate: 0.05", "learning_rate: 1.0e+30", 1))
     events = work(TEACHER | {"arm": "soteacher"}, TEACHER)
     assert [event["event"] for event in events if event["event"] in ("failed", "done")] == ["failed", "failed"]
-    assert events[0]["message"].startswith("the loss is not finite")
+    assert events[1]["message"].startswith("the loss is not finite")
 
 
 def test_a_full_disk_is_told_in_one_line_and_leaves_no_half_file(
@@ -99,7 +99,7 @@ def test_an_idle_worker_leaves_at_once(stop: _Stop) -> None:
 def test_a_worker_that_is_asked_saves_its_state_and_leaves(work, run: Path, stop: _Stop) -> None:
     stop.training = True
     os.kill(os.getpid(), signal.SIGTERM)
-    assert work(TEACHER, STUDENT) == [{"event": "stopped"}]
+    assert [event["event"] for event in work(TEACHER, STUDENT)] == ["started", "stopped"]
     assert (run / "teachers/standard/seed0/resume/state.safetensors").exists()
 
 
@@ -107,7 +107,7 @@ def test_a_worker_whose_parent_is_gone_saves_its_state_and_leaves(
     work, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "getppid", lambda: -1)  # no process has this number
-    assert work(TEACHER, STUDENT) == [{"event": "stopped"}]
+    assert [event["event"] for event in work(TEACHER, STUDENT)] == ["started", "stopped"]
     assert (run / "teachers/standard/seed0/resume/state.safetensors").exists()
 
 

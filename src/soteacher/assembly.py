@@ -39,6 +39,10 @@ class Assembled:
         """Return whether any term of a stage reads the teacher."""
         return any(config.needs_teacher for config in self.configs.values() if config.stage == stage)
 
+    def teacher_features(self, stage: Stage) -> set[str]:
+        """Return the teacher's features that any term of a stage reads."""
+        return {name for term in self.stage(stage) for name in term.objective.teacher_features}
+
     def views(self, stage: Stage) -> tuple[View, ...]:
         """Return the further views of each image that any term of a stage reads."""
         return tuple(sorted({view for term in self.stage(stage) for view in term.objective.views}))

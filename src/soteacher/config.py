@@ -125,6 +125,17 @@ class DataChoice(Settings):
     """The images, by ``source``."""
 
 
+class TeacherCacheConfig(Settings):
+    """How a teacher's answers to its students' training images are kept."""
+
+    top_k: int | None = Field(default=None, ge=1)
+    """Keep the so many largest logits of each answer, and of the rest their mass, spread evenly; null: all logits."""
+    max_gigabytes: float = Field(default=4.0, gt=0)
+    """How large a teacher's file may become on disk, when every view of every image is in it."""
+    folder: Path | None = None
+    """Where the answers lie, to stay for other studies; null: in the run's folder, until the study is finished."""
+
+
 class StudyConfig(Settings):
     """A whole study: teachers x students x seeds, compared with a baseline arm."""
 
@@ -148,6 +159,9 @@ class StudyConfig(Settings):
     """Where the curves go besides the run's own files."""
     card: CardConfig | None = CardConfig()
     """How closely each teacher is looked at for its card; null: no cards."""
+    teacher_cache: TeacherCacheConfig | None = None
+    """Whether a teacher's answers to each view of each training image are kept, rounded to float16, for all of its
+    students whose methods want nothing but its logits; null: the teacher answers anew in every step."""
     folds: FoldConfig | None = None
     """Networks whose predictions for training images that they have not seen stand in, on the cards, for the true label
     distribution; they are trained before the teachers. Null: none."""

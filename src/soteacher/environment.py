@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,24 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return answer.stdout.strip()
+
+
+KEPT_PAGES = {"MALLOC_MMAP_THRESHOLD_": 2**30, "MALLOC_TRIM_THRESHOLD_": 2**31 - 1, "MALLOC_TOP_PAD_": 2**26}
+"""For glibc: keep freed pages. A step frees and asks for the same memory, and to get it anew each time costs time."""
+_PARAMETERS = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_TOP_PAD_": -2, "MALLOC_MMAP_THRESHOLD_": -3}
+"""Their numbers in ``malloc.h``."""
+
+
+def keep_pages() -> bool:
+    """Let this process keep the pages that it frees, as :data:`KEPT_PAGES` says, and return whether it does.
+
+    What the user's environment says of them stays. Only glibc can be told.
+    """
+    tell = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if tell is None:
+        return False
+    told = [tell(_PARAMETERS[name], value) for name, value in KEPT_PAGES.items() if name not in os.environ]
+    return all(told)  # of all, where one is refused: glibc before 2.35 takes no threshold above 32 MiB
 
 
 class PeakMemory:

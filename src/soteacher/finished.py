@@ -49,7 +49,8 @@ def finish(
     costs: Mapping[str, Any] | None = None,
 ) -> None:
     """Evaluate a trained network once more and write it with its row of the results."""
-    classifier.to(study.device)
+    # As it is when it is loaded: the figures are those that anybody finds again.
+    classifier.to(study.device, memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue] torch lacks it
     splits = {"test": study.data.test, "train": study.data.train.subset(rows_of(study, job)[0])}
     figures = {name: evaluate(classifier, evaluation_batches(split, study.device)) for name, split in splits.items()}
     row = _row(study, job, network, history, figures, method=facts["method"], parameters=_count(classifier))

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import blake2b
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 
 from soteacher import metrics
@@ -49,6 +50,8 @@ from soteacher.models.temperature import divide_logits
 from soteacher.models.weights import load_weights, read_weights, weights_checksum
 from soteacher.objective import Stage
 from soteacher.randomness import derive_seed
+from soteacher.teacher_answers import answers_of, bank_seed, why_live
+from soteacher.train.acceleration import Acceleration, Compiled, choose_acceleration
 from soteacher.train.averaging import WeightAverage
 from soteacher.train.checkpoint import Checkpoint
 from soteacher.train.config import TrainingConfig
@@ -56,7 +59,7 @@ from soteacher.train.evaluate import evaluate, predict
 from soteacher.train.logs import open_loggers
 from soteacher.train.loop import StepReport, Trainee, fabric_for, fit
 from soteacher.train.optimizer import backward_for, build_optimizer
-from soteacher.train.teacher_signal import LiveTeacher, RouteOfTeachers, TeacherSchedule
+from soteacher.train.teacher_signal import CachedTeacher, LiveTeacher, RouteOfTeachers, TeacherSchedule
 from soteacher.types import Outputs, Step
 
 
@@ -97,6 +100,8 @@ def _train(
     )
     made.start_training()
     trainee = make_trainee(study, job, made, teachers, training, "training")
+    how = _how_it_runs(study, made, trainee)
+    on_event(job, {"event": "started", "how": how})
     batches = _batches(study, job, made, training, "training")
     if not checkpoint.path.exists():
         _survey(study, job, made, trainee)
@@ -108,6 +113,7 @@ def _train(
         "terms": {name: config.model_dump(mode="json") for name, config in made.configs.items()},
         "training": training.model_dump(mode="json"),
         "fingerprint": fingerprint,
+        "runs": how,
         **({"start": start.arm} if start else {}),
         **_conclude(study, job, trainee, batches, made.classifier, history),
     }
@@ -165,7 +171,7 @@ def _batches(study: Study, job: Job, made: Assembled, training: TrainingConfig, 
     return TrainLoader(
         study.data.train, batch_size=training.batch_size, augment=study.config.data.augment,
         seed=derive_seed(job.seed, job.role, purpose), device=study.device, workers=torch.get_num_threads(),
-        views=made.views(stage), rows=rows_of(study, job)[0], mixing=training.mixing,
+        views=made.views(stage), rows=rows_of(study, job)[0], mixing=training.mixing, bank_seed=bank_seed(job),
     )  # fmt: skip
 
 
@@ -247,35 +253,79 @@ def make_trainee(
 ) -> Trainee:
     """Set a network up for its device and precision, with one stage's objectives, its optimiser and its teachers."""
     fabric, terms, classifier = fabric_for(study.device, training.precision), made.stage(stage), made.classifier
+    chosen = _acceleration(study, classifier, training)
     objectives = nn.ModuleList(term.objective for term in terms).to(fabric.device)
-    forward = _callable(classifier, {name for term in terms for name in term.objective.features}, training)
+    taps = {name for term in terms for name in term.objective.features}
+    forward = _callable(classifier, taps, training, chosen, frozen=False)
     optimizer: Any = build_optimizer(training.optimizer, [*classifier.parameters(), *objectives.parameters()])
     called, optimizer = fabric.setup(forward, optimizer)
     schedule: TeacherSchedule | None = None
     if teachers and made.reads_teacher(stage):
-        taps = {name for term in terms for name in term.objective.teacher_features}
-        live = [
-            LiveTeacher(fabric.setup_module(_callable(teacher, taps, training).eval()), Parts(teacher))
-            for teacher in teachers
-        ]
-        schedule = live[0] if len(live) == 1 else RouteOfTeachers(live)
+        signals = _teacher_signals(study, job, teachers, training, made.teacher_features(stage), fabric)
+        schedule = signals[0] if len(signals) == 1 else RouteOfTeachers(signals)
     average = None
     if training.averaging is not None:
         average = WeightAverage(classifier.network, training.averaging, num_epochs=training.epochs)
     return Trainee(
         network=classifier.network, forward=called, parts=Parts(classifier), terms=terms, optimizer=optimizer,
         backward=backward_for(training.optimizer), teacher=schedule, fabric=fabric, config=training,
+        channels_last=chosen.channels_last, graphs=chosen.graphs,
         seed=derive_seed(job.seed, job.role, stage), average=average,
     )  # fmt: skip
 
 
-def _callable(classifier: Classifier, features: Collection[str], training: TrainingConfig) -> nn.Module:
+def _teacher_signals(
+    study: Study,
+    job: Job,
+    teachers: Sequence[Classifier],
+    training: TrainingConfig,
+    taps: Collection[str],
+    fabric: Fabric,
+) -> Sequence[LiveTeacher | CachedTeacher]:
+    """Return what each teacher says: live, or as it has been kept.
+
+    A teacher whose answers are kept is not compiled: whole batches would have other last bits than what is missing of a
+    batch, and an answer would depend on who has asked first.
+    """
+    kept = why_live(study.config, training, taps) is None
+    live: list[LiveTeacher] = []
+    for teacher in teachers:
+        chosen = _acceleration(study, teacher, training)
+        chosen = replace(chosen, compiled=False, graphs=False) if kept else chosen
+        forward = fabric.setup_module(_callable(teacher, taps, training, chosen, frozen=True).eval())
+        live.append(LiveTeacher(forward, Parts(teacher)))
+    if not kept:
+        return live
+    (teacher,) = teachers
+    return [CachedTeacher(live[0], answers_of(study, job, teacher, training))]
+
+
+def _how_it_runs(study: Study, made: Assembled, trainee: Trainee) -> dict[str, Any]:
+    """Return what was chosen to train a network faster, for the log and its facts."""
+    how: dict[str, Any] = asdict(_acceleration(study, made.classifier, trainee.config))
+    how["threads"] = torch.get_num_threads()
+    if trainee.teacher is not None:
+        why = why_live(study.config, trainee.config, made.teacher_features("training"))
+        how["teacher"] = "kept answers" if why is None else f"live: {why}"
+    return how
+
+
+def _acceleration(study: Study, classifier: Classifier, training: TrainingConfig) -> Acceleration:
+    return choose_acceleration(training, classifier, num_examples=study.data.train.num_examples, device=study.device)
+
+
+def _callable(
+    classifier: Classifier, features: Collection[str], training: TrainingConfig, chosen: Acceleration, *, frozen: bool
+) -> nn.Module:
     """Return a classifier as the loop calls it: it gives logits and features, and may be compiled."""
-    if training.channels_last:
+    if chosen.channels_last:
         classifier.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] an overload torch lacks
     tapped = Tapped(classifier, resolve_taps(classifier, sorted(features)))
-    compiled: Any = torch.compile(tapped) if training.compile else tapped
-    return compiled
+    if not chosen.compiled:
+        return tapped
+    return Compiled(
+        tapped, batch_size=training.batch_size, frozen=frozen, required=training.compile is True, graphs=chosen.graphs
+    )
 
 
 def _fit(

@@ -18,10 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from soteacher.environment import KEPT_PAGES
 from soteacher.errors import InputError, InterruptedRunError, WorkerDiedError
-
-KEPT_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**26)}
-"""For glibc: keep freed pages. A step frees and asks for the same memory, and to get it anew each time costs time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +36,24 @@ class Work:
 class _Process:
     """A worker process; its events go into the common queue, ended by ``None``."""
 
-    def __init__(self, command: Sequence[str], threads: int, log: IO[str], keep: int, events: queue.Queue[Any]) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        cores: Sequence[int],
+        threads: int,
+        log: IO[str],
+        keep: int,
+        events: queue.Queue[Any],
+    ) -> None:
         self.busy: Work | None = None
         counts = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-        environment = KEPT_PAGES | dict(os.environ) | counts
+        environment = {name: str(value) for name, value in KEPT_PAGES.items()} | dict(os.environ) | counts
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
             pass_fds=(keep,),
         )  # fmt: skip
+        if cores:
+            os.sched_setaffinity(self._process.pid, cores)
         threading.Thread(target=self._listen, args=(events,), daemon=True).start()
 
     def _listen(self, events: queue.Queue[Any]) -> None:
@@ -101,7 +109,7 @@ def run_side_by_side(
         command: starts a worker, which reads a message a line and answers with events, one JSON a line:
             ``{"event": "done"}``, ``"failed"`` (with ``message``), ``"stopped"``, or anything else for ``on_event``.
         workers: how many processes.
-        threads: of arithmetic in each.
+        threads: of arithmetic in each; where they fill the cores together, each worker stays on its own.
         log: file that takes what the workers print.
         keep: a file descriptor that they keep open: the run's lock.
         on_event: called with a network's key and each of its events.
@@ -116,7 +124,13 @@ def run_side_by_side(
     events: queue.Queue[Any] = queue.Queue()
     failure: Exception | None = None
     with log.open("a", encoding="utf-8") as stream:
-        alive = [_Process(command, threads, stream, keep, events) for _ in range(min(workers, len(works)))]
+        pinned = cores_of_workers(workers, threads)
+        stream.write(_plan(workers, threads, pinned) + "\n")
+        stream.flush()
+        alive = [
+            _Process(command, pinned[number] if pinned else (), threads, stream, keep, events)
+            for number in range(min(workers, len(works)))
+        ]
         everyone = list(alive)
         try:
             while alive:
@@ -141,6 +155,12 @@ def run_side_by_side(
                 process.end()
     if failure is not None:
         raise failure
+
+
+def _plan(workers: int, threads: int, pinned: Sequence[Sequence[int]]) -> str:
+    """Return in words how the workers share the machine."""
+    cores = f"each on its own cores {pinned}" if pinned else "on any cores"
+    return f"{workers} networks side by side, {threads} threads each, {cores}; freed memory is kept where glibc is"
 
 
 def _hand_out(waiting: list[Work], alive: Sequence[_Process], finished: set[Hashable]) -> None:
@@ -193,6 +213,18 @@ def _stop(processes: Sequence[_Process]) -> None:
 def available_cores() -> int:
     """Return how many processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores_of_workers(workers: int, threads: int) -> list[list[int]]:
+    """Return the cores that each worker stays on, so that none moves between the caches.
+
+    They are as many as its threads. There are none where the workers do not fill this machine's cores exactly, for
+    others may then be at work on the same ones, or where the system cannot be told.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    if workers * threads != len(cores):
+        return []
+    return [cores[first : first + threads] for first in range(0, len(cores), threads)]
 
 
 def default_workers(cores: int, networks: int, device: str) -> Mapping[str, int]:

@@ -23,7 +23,7 @@ import soteacher
 from soteacher.config import FileTeacher, Student, StudyConfig, TrainedTeacher
 from soteacher.data import load_data
 from soteacher.diagnostics.card_config import FoldConfig
-from soteacher.environment import environment
+from soteacher.environment import environment, keep_pages
 from soteacher.errors import InputError, InterruptedRunError
 from soteacher.files import read_json, write_json
 from soteacher.finished import lacks_card, write_missing_card
@@ -44,6 +44,7 @@ from soteacher.report import write_report
 from soteacher.run_folder import LOG, STATE, claim, locked, network_folder, read_config
 from soteacher.statistics import summarise
 from soteacher.study_checks import check_cards, check_names, check_networks, check_out_of_fold
+from soteacher.teacher_answers import check_answers, remove_answers
 
 SCHEMA = 1
 
@@ -89,6 +90,7 @@ def run_study(
     check_saved(study)
     check_cards(study)
     check_out_of_fold(study)
+    check_answers(study)
     cores = available_cores()
     plan = default_workers(cores, _width(config), device)
     if workers is not None:
@@ -114,6 +116,7 @@ def run_study(
             elif waiting:
                 _run_beside(study, waiting, plan, lock.fileno(), data_root, on_event=report, should_stop=should_stop)
             _make_missing_cards(study)
+        remove_answers(study)
         return _write_results(config, folder, plan)
 
 
@@ -191,6 +194,7 @@ def _run_here(
     should_stop: Callable[[], bool],
 ) -> None:
     """Train networks one after the other in this process."""
+    keep_pages()
     with threads_set(threads):
         for job in jobs:
             if should_stop():

@@ -56,6 +56,8 @@ class ProgressDisplay:
             self._go_to(event["point"], event["place"])
         if event["event"] == "step":
             self._step(job, event)
+        elif event["event"] == "started":
+            self._write(f"{job.name}: {_ways(event['how'])}")
         elif event["event"] == "epoch":
             self._epoch(job, event)
         elif event["event"] == "finished":
@@ -137,6 +139,16 @@ def _drawn(table: report.Table) -> Table:
     for row in table.rows:
         drawn.add_row(*row)
     return drawn
+
+
+def _ways(how: Mapping[str, Any]) -> str:
+    """Return in words how a network is run."""
+    ways = [
+        "channels last" if how["channels_last"] else "channels first",
+        "compiled" if how["compiled"] else "not compiled",
+        f"{how['threads']} threads" if how["threads"] > 1 else "1 thread",
+    ]
+    return ", ".join([*ways, f"teacher {how['teacher']}"] if "teacher" in how else ways)
 
 
 def _stage(event: Mapping[str, Any]) -> str:

@@ -38,6 +38,9 @@ class Batch:
     """``[B]`` int64 rows of the training set; objectives with a memory are keyed by them."""
     views: Mapping[View, Tensor] = field(default_factory=dict[View, Tensor])
     """Further views of the same examples, of the names that the objectives asked for."""
+    keys: Mapping[View | None, Tensor] = field(default_factory=dict[View | None, Tensor])
+    """``[B]`` int64, on the host: which of all views of all examples ``images`` (``None``) and the further views are,
+    where there are finitely many of them; what is known of a view can be kept by it."""
     mixture: Mixture | None = None
     """What ``images`` are blended with; ``None`` where they are whole, as the further views always are."""
 

@@ -91,7 +91,7 @@ def make_training(
         built += [Term(objective=objective) for objective in objectives]
         torch.manual_seed(seed)
         classifier = Classifier(tiny_network(3, 1), mean=(0.4,), std=(0.3,))
-        if config.channels_last:
+        if config.channels_last is True:
             classifier.to(memory_format=torch.channels_last)
         fabric = fabric_for(device, config.precision)
         nn.ModuleList(term.objective for term in built).to(device)
@@ -105,7 +105,7 @@ def make_training(
             signal = LiveTeacher(fabric.setup_module(Tapped(teacher, {})).eval())
         trainee = Trainee(
             network=classifier.network, forward=forward, terms=tuple(built), optimizer=optimizer, teacher=signal,
-            fabric=fabric, config=config, seed=seed,
+            fabric=fabric, config=config, seed=seed, channels_last=config.channels_last is True,
         )  # fmt: skip
         batches = TrainLoader(
             tiny_split, batch_size=config.batch_size, augment=AugmentConfig(crop_padding=1), seed=seed, device=device

@@ -28,6 +28,9 @@ class AugmentConfig(Settings):
     random_resized_crop: tuple[_AreaShare, _AreaShare] | None = None
     """For photographs: least and greatest share of the area that is cut out, aspect ratio 3/4 to 4/3, and scaled back
     to the original size. Takes the place of the padded crop, so ``crop_padding`` must be 0; None: no such crop."""
+    view_bank: int | None = Field(default=None, ge=1)
+    """Draw so many views of each image once, for each seed, and take one of them each time, so that a teacher's answers
+    to them can be kept; None: views are drawn anew."""
 
     @model_validator(mode="after")
     def _one_kind_of_crop(self) -> AugmentConfig:
@@ -60,6 +63,20 @@ class Views:
             offsets=None if self.offsets is None else self.offsets[rows],
             boxes=None if self.boxes is None else self.boxes[rows],
             flips=None if self.flips is None else self.flips[rows],
+        )
+
+    def where(self, chosen: Tensor, other: Views) -> Views:
+        """Return these views where ``chosen``, ``[N]`` bool, says so, and elsewhere others of the same kind."""
+
+        def pick(own: Tensor | None, others: Tensor | None) -> Tensor | None:
+            if own is None or others is None:
+                return None
+            return torch.where(chosen.view(-1, *[1] * (own.ndim - 1)), own, others)
+
+        return Views(
+            offsets=pick(self.offsets, other.offsets),
+            boxes=pick(self.boxes, other.boxes),
+            flips=pick(self.flips, other.flips),
         )
 
     def to(self, device: torch.device) -> Views:

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import atexit
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from soteacher.data.augment import AugmentConfig, Views, apply_views, draw_views, to_unit_range
+from soteacher.data.augment import AugmentConfig, Views, apply_views, to_unit_range
 from soteacher.data.dataset import ImageSplit
 from soteacher.data.folder_images import FolderImages
 from soteacher.data.strong import Changes, apply_changes, draw_changes
+from soteacher.data.view_numbers import draw_numbered_views, number_of_views
 from soteacher.errors import InputError
 from soteacher.mixing import MixingConfig, mix
 from soteacher.randomness import generator
@@ -41,6 +42,7 @@ class TrainLoader:
         rows: ``[M]`` int64 examples of the split that are trained on; all where it is left out. Batches carry their
             rows in the whole split.
         mixing: how the images of a batch are blended with one another; the further views stay whole.
+        bank_seed: of the views in the augmentation's bank, if it has one; ``seed`` where it is left out.
 
     Raises:
         InputError: ``batch_size`` is not positive or ``workers`` is negative.
@@ -58,6 +60,7 @@ class TrainLoader:
         views: Sequence[View] = (),
         rows: Tensor | None = None,
         mixing: MixingConfig | None = None,
+        bank_seed: int | None = None,
     ) -> None:
         self._images = _Images(split.images, batch_size=batch_size, device=torch.device(device), workers=workers)
         self._labels = split.labels.to(device)
@@ -69,6 +72,7 @@ class TrainLoader:
         self._views = views
         self._rows = torch.arange(split.num_examples) if rows is None else rows
         self._mixing = mixing
+        self._bank_seed = seed if bank_seed is None else bank_seed
 
     @property
     def num_examples(self) -> int:
@@ -88,32 +92,49 @@ class TrainLoader:
             start: the batch to begin with, from 0; what follows is what it would be without a beginning in between.
         """
         order = self._rows[torch.randperm(self.num_examples, generator=generator(self._seed, "order", epoch))]
-        views = self._drawn("augment", epoch)
-        others: dict[View, Views] = {name: self._drawn(name, epoch) for name in self._views if name != "rotated"}
+        views, numbers = self._drawn("augment", epoch)
+        others: dict[View, tuple[Views, Tensor | None]] = {
+            name: self._drawn(name, epoch) for name in self._views if name != "rotated"
+        }
         strong = self._drawn_changes(epoch) if "strong" in self._views else None
+        numbered: dict[View | None, Tensor | None] = {None: numbers}
+        if "second" in others:
+            numbered["second"] = others["second"][1]
         batches = order.split(self._batch_size)[start:]
         for number, (rows, loaded) in enumerate(self._images.batches(batches), start=start):
             images = apply_views(loaded, views.select(rows), self._augment)
             further: dict[View, Tensor] = {}
-            for name, other in others.items():
+            for name, (other, _) in others.items():
                 further[name] = apply_views(loaded, other.select(rows), self._augment)
             if strong is not None:
                 further["strong"] = apply_changes(further["strong"], strong.select(rows))
             if "rotated" in self._views:
                 further["rotated"] = torch.cat([images.rot90(turns, (2, 3)) for turns in (1, 2, 3)])
-            batch = Batch(images=images, labels=self._labels[rows], indices=rows, views=further)
+            batch = Batch(
+                images=images, labels=self._labels[rows], indices=rows, views=further,
+                keys=self._keys(batches[number - start], numbered),
+            )  # fmt: skip
             yield batch if self._mixing is None else self._mixed(batch, self._mixing, epoch, number)
+
+    def _keys(self, rows: Tensor, numbered: Mapping[View | None, Tensor | None]) -> dict[View | None, Tensor]:
+        """Return a number for each view of each image of a batch, different for all views of all images."""
+        count = number_of_views(self._augment) or 0
+        return {view: rows * count + numbers[rows] for view, numbers in numbered.items() if numbers is not None}
 
     def _mixed(self, batch: Batch, mixing: MixingConfig, epoch: int, number: int) -> Batch:
         """Return a batch whose images are blended."""
         source = generator(self._seed, "mixing", epoch, number)
         images, mixture = mix(batch.images, batch.labels, mixing, source)
-        return replace(batch, images=images, mixture=mixture)
+        keys = {view: found for view, found in batch.keys.items() if view is not None}
+        return replace(batch, images=images, mixture=mixture, keys=keys)
 
-    def _drawn(self, purpose: str, epoch: int) -> Views:
-        """Return an epoch's draws of the study's augmentation for one purpose, for each example of the split."""
+    def _drawn(self, purpose: str, epoch: int) -> tuple[Views, Tensor | None]:
+        """Return an epoch's draws of the study's augmentation for one purpose, and their numbers, for each example."""
         source = generator(self._seed, purpose, epoch)
-        return draw_views(self._augment, len(self._labels), source, self._image_size).to(self._device)
+        views, numbers = draw_numbered_views(
+            self._augment, len(self._labels), source, self._image_size, bank_seed=self._bank_seed
+        )
+        return views.to(self._device), numbers
 
     def _drawn_changes(self, epoch: int) -> Changes:
         """Return an epoch's draws of the strong augmentation."""

@@ -154,10 +154,12 @@ class TrainingConfig(Settings):
     """Largest norm of the whole gradient; larger ones are scaled down to it."""
     precision: Literal["fp32", "bf16-mixed"] = "fp32"
     """Arithmetic of the networks; the losses are always computed in float32."""
-    channels_last: bool = False
-    """Whether images and weights lie in memory with the channels last."""
-    compile: bool = False
-    """Whether the networks go through ``torch.compile``; needs a C++ compiler and pays back in long runs."""
+    channels_last: bool | Literal["auto"] = "auto"
+    """Whether images and weights lie in memory with the channels last; ``auto``: for networks with convolutions, none
+    of them grouped (on a GPU: in ``bf16-mixed``)."""
+    compile: bool | Literal["auto"] = "auto"
+    """Whether the networks go through ``torch.compile``; ``auto``: in trainings of 10,000 steps and more where a C++
+    compiler is there, but no grouped convolutions on a CPU."""
     preparation_epochs: Point = 30 / 240
     """Length of the stage before the training, for methods that have one: a share of ``epochs`` (below 1), or epochs.
     It goes at the highest learning rate throughout."""
@@ -218,7 +220,7 @@ class TrainingConfig(Settings):
             ("gradient_clip", self.gradient_clip, "one gradient"),
             ("compile", self.compile, "one backward pass in a step"),  # the compiled one writes over what it has read
         ):
-            if difference and value:
+            if difference and value and value != "auto":
                 raise InputError(
                     f"{name} wants {wants}, and optimizer.momentum_difference {difference:g} makes two; leave one out"
                 )

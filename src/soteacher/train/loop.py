@@ -65,6 +65,10 @@ class Trainee:
     """Pieces of the network, for objectives that send features through them."""
     backward: Backward = backward_sum
     """How the losses of the terms become gradients."""
+    channels_last: bool = False
+    """Whether images lie in memory with the channels last, as the weights then do."""
+    graphs: bool = False
+    """Whether the networks are replayed as CUDA graphs."""
     average: WeightAverage | None = None
     """The average of the weights over the run, where one is wanted; the training itself never sees it."""
 
@@ -91,7 +95,9 @@ class StepReport:
 
 def train_step(trainee: Trainee, batch: Batch, *, epoch: int, progress: float, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Make one step; return each term's weighted loss ``[terms]`` and how many predictions were right, detached."""
-    if trainee.config.channels_last:
+    if trainee.graphs:
+        torch.compiler.cudagraph_mark_step_begin()  # they may now write over what the last step has returned
+    if trainee.channels_last:
         batch = _channels_last(batch)
     step = _step(trainee, batch, epoch=epoch, progress=progress, seed=seed)
     losses = weighted_losses(trainee.terms, step)
@@ -202,8 +208,8 @@ def _train_epoch(
             group["lr"] = rate
         progress = (epoch + step / steps) / config.epochs
         losses, right = train_step(trainee, batch, epoch=epoch, progress=progress, seed=seed)
-        size = torch.tensor([len(batch.labels)], device=losses.device)
-        pending.append(torch.cat([losses.double() * size, right.double().reshape(1), size.double()]))
+        size = len(batch.labels)  # known to the host: nothing here makes it wait for the device
+        pending.append(torch.cat([losses.double() * size, torch.stack([right, torch.full_like(right, size)]).double()]))
         stopping, waited = should_stop(), time.perf_counter() - looked
         if stopping or len(pending) == CHECK_EVERY or waited > SECONDS_BETWEEN_LOOKS or step + 1 == steps:
             # One addition after the other, so that the sums do not depend on where a run was cut.

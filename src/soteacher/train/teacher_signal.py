@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from soteacher.types import Batch, NetworkParts, Outputs, View
 
@@ -34,21 +35,77 @@ class TeacherSchedule(Protocol):
 class LiveTeacher:
     """A frozen network in evaluation mode that sees the images the student sees."""
 
-    def __init__(self, forward: Callable[[torch.Tensor], Any], parts: NetworkParts | None = None) -> None:
+    def __init__(self, forward: Callable[[Tensor], Any], parts: NetworkParts | None = None) -> None:
         """``forward`` maps images to ``(logits, features)``; the caller has frozen the network."""
         self._forward = forward
         self.parts = parts
 
-    @torch.no_grad()
     def __call__(self, batch: Batch, view: View | None = None) -> Outputs:
         """Run the network on the images."""
-        logits, features = self._forward(batch.images if view is None else batch.views[view])
+        return self.answer(batch.images if view is None else batch.views[view])
+
+    @torch.no_grad()
+    def answer(self, images: Tensor) -> Outputs:
+        """Return what the network puts out for images ``[B, C, H, W]``."""
+        logits, features = self._forward(images)
         return Outputs(logits=logits, features=features)
 
     def at(self, progress: float) -> LiveTeacher:
         """Return itself: it teaches throughout."""
         del progress
         return self
+
+
+class Answers(Protocol):
+    """Where answers to numbered views are kept; see :class:`soteacher.train.answer_store.AnswerStore`."""
+
+    def read(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits ``[B, K]`` float32 on the host, and ``[B]`` bool which of them are known."""
+        ...
+
+    def write(self, keys: Tensor, logits: Tensor) -> Tensor:
+        """Keep logits and return them as they will be read."""
+        ...
+
+
+SMALLEST_BATCH = 16
+"""Fewer images may go through other arithmetic, whose last bits differ from those of the whole batch."""
+
+
+class CachedTeacher:
+    """A frozen network whose logits are kept: each view of each image goes through it once, for all its students.
+
+    Logits have the precision of what keeps them, those that have just been computed too, so that a training does not
+    depend on who has asked first. There are no features.
+    """
+
+    def __init__(self, live: LiveTeacher, answers: Answers) -> None:
+        """Take the network and its answers so far."""
+        self._live, self._answers = live, answers
+        self.parts = live.parts
+
+    def __call__(self, batch: Batch, view: View | None = None) -> Outputs:
+        """Return what is known, and ask the network for the rest."""
+        if view not in batch.keys:  # a view of which there is no end
+            return self._live(batch, view)
+        images, keys = batch.images if view is None else batch.views[view], batch.keys[view]
+        logits, known = self._answers.read(keys)
+        if not known.all():
+            rows = (~known).nonzero().flatten()
+            answers = self._live.answer(images if len(rows) == len(keys) else images[_filled_up(rows, len(keys))])
+            logits[rows] = self._answers.write(keys[rows], answers.logits[: len(rows)].float().cpu())
+        return Outputs(logits=logits.to(images.device, non_blocking=True), features={})
+
+    def at(self, progress: float) -> CachedTeacher:
+        """Return itself: it teaches throughout."""
+        del progress
+        return self
+
+
+def _filled_up(rows: Tensor, count: int) -> Tensor:
+    """Return some rows of a batch with others behind them, so that they are a multiple of the smallest batch."""
+    wanted = min(count, -(-len(rows) // SMALLEST_BATCH) * SMALLEST_BATCH)
+    return torch.cat([rows, torch.arange(wanted - len(rows))])
 
 
 class RouteOfTeachers:
