@@ -1,8 +1,8 @@
 """How fast is distillation? Times a frozen teacher alone, and whole steps with their input, beside the field's way.
 
-All variants of a measurement train or answer side by side in one process, in turn. The pages that a step frees are kept
-for the next one, as in every study: in this process the field's way has that too. Kept answers are read from a store
-that another student of the same seed has filled before.
+All variants of a measurement train or answer side by side in one process, in turn, and ours again in a second one that
+keeps the pages which a step frees, as the processes of a study do. Kept answers are read from a store that another
+student of the same seed has filled before.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,11 +22,11 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import timing
+from benchmarks.apart import KEPT, Apart
 from benchmarks.field import FieldStudent, field_loader
 from benchmarks.field_losses import kd
 from benchmarks.ours import assembled, batches, data_of, frozen_teacher, steps, study_of
 from soteacher.data import DataSet
-from soteacher.environment import keep_pages
 from soteacher.errors import InputError
 from soteacher.jobs import Job, Study
 from soteacher.models.classifier import Classifier
@@ -53,6 +54,7 @@ STEP_WAYS: dict[str, dict[str, Any]] = {
     "kept answers, channels last, compiled": {"channels_last": True, "compile": True},
 }
 """Training settings of our students; the field's stand beside them, as :func:`field_name` calls them."""
+ANSWERS = "kept answers"
 FIELD_WORKERS = (0, 2)
 """Processes that make the field's input."""
 WEIGHT, TEMPERATURE = 0.5, 4.0
@@ -62,7 +64,6 @@ WEIGHT, TEMPERATURE = 0.5, 4.0
 def main() -> None:
     """Measure, print tables and write the numbers to a JSON file if one is named."""
     given = _arguments()
-    keep_pages()
     peak = timing.matrix_peak()
     data = data_of(given.data_root)
     size, rounds, speed = given.batch_size, given.rounds, peak["operations_per_second"]
@@ -77,8 +78,9 @@ def main() -> None:
     pairs: dict[str, Any] = {}
     for pair in given.pairs:
         pairs[pair] = measure_steps(
-            pair, data, step_ways, batch_size=size, rounds=rounds, steps_a_round=given.steps, peak=speed
-        )
+            pair, data, step_ways, batch_size=size, rounds=rounds, steps_a_round=given.steps, peak=speed,
+            with_kept_pages=list(step_ways),
+        )  # fmt: skip
         _show(f"kd {pair}, batch {size}, {given.threads} threads, input included", pairs[pair], peak)
     settings = {"data": data.name, "batch_size": size, "rounds": rounds, "steps_a_round": given.steps}
     results = {"matrix_peak": peak, "teacher_forward": teachers, "distillation": pairs}
@@ -143,6 +145,7 @@ def measure_steps(
     steps_a_round: int,
     peak: float,
     field_workers: Sequence[int] = FIELD_WORKERS,
+    with_kept_pages: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the figures of a student's whole steps, by way; the field's are among them.
 
@@ -155,6 +158,7 @@ def measure_steps(
         steps_a_round: in a call.
         peak: operations a second that this machine reaches at most.
         field_workers: numbers of processes for the field's input; each is a way.
+        with_kept_pages: ways that are measured in a process that keeps freed pages as well.
 
     Raises:
         InputError: ``pair`` is none.
@@ -163,26 +167,37 @@ def measure_steps(
     if not colon:
         raise InputError(f"a pair is written TEACHER:STUDENT, got {pair!r}")
     taken = (timing.WARM_UP + rounds) * steps_a_round
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, ExitStack() as open_ones:
         settings = _settings(teacher, student, batch_size, Path(folder))
         plain = study_of(data, **settings)
         alone, beside = _step_operations(plain, batch_size)
-        calls: dict[str, Callable[[], object]] = {}
-        operations: dict[str, int] = {}
-        for workers in field_workers:
-            calls[field_name(workers)] = _repeated(_field_steps(plain, batch_size, workers), steps_a_round)
-            operations[field_name(workers)] = beside
-        for name, way in ways.items():
-            kept = name.startswith("kept answers")
-            study = study_of(data, **settings | {"training": {**settings["training"], **way}})
-            trainee = _trainee(study if kept else _without_cache(study))
-            if kept:
-                _fill(trainee, islice(batches(study), taken))
-            calls[name] = _repeated(steps(trainee, batches(study)), steps_a_round)
-            operations[name] = alone if kept else beside
+        calls = {
+            field_name(workers): _repeated(_field_steps(plain, batch_size, workers), steps_a_round)
+            for workers in field_workers
+        }
+        calls |= _our_calls(data, settings, ways, taken, steps_a_round)
+        if with_kept_pages:
+            again = {name: ways[name] for name in with_kept_pages}
+            process = open_ones.enter_context(Apart(_our_calls, data, settings, again, taken, steps_a_round))
+            calls |= {name + KEPT: call for name, call in process.calls().items()}
         seconds = timing.alternate(calls, rounds=rounds)
     of_steps = {name: [time / steps_a_round for time in times] for name, times in seconds.items()}
+    operations = {name: alone if name.startswith(ANSWERS) else beside for name in calls}
     return _figures(of_steps, [field_name(workers) for workers in field_workers], operations, batch_size, peak)
+
+
+def _our_calls(
+    data: DataSet, settings: Mapping[str, Any], ways: Mapping[str, Mapping[str, Any]], taken: int, steps_a_round: int
+) -> dict[str, Callable[[], object]]:
+    """Return functions that take our next steps, by way, where none takes more than ``taken``."""
+    calls: dict[str, Callable[[], object]] = {}
+    for name, way in ways.items():
+        study = study_of(data, **{**settings, "training": {**settings["training"], **way}})
+        trainee = _trainee(study if name.startswith(ANSWERS) else _without_cache(study))
+        if name.startswith(ANSWERS):
+            _fill(trainee, islice(batches(study), taken))
+        calls[name] = _repeated(steps(trainee, batches(study)), steps_a_round)
+    return calls
 
 
 def field_name(workers: int) -> str:

@@ -1,15 +1,15 @@
 """How fast is a teacher trained? Times steps of SoTeacher's training, input included, beside the field's way.
 
 The field's way and ours, with each of our optimisations by itself, train copies of one network side by side in one
-process. Beside the ratios stand the share of the machine's best arithmetic that a step reaches, and where its time
-goes.
+process, and in a second one that keeps the pages which a step frees, as the processes of a study do; all take turns.
+Beside the ratios stand the share of the machine's best arithmetic that a step reaches, and where its time goes.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import timing
+from benchmarks.apart import KEPT, Apart
 from benchmarks.field import LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, FieldTeacher, field_loader, soteacher_regularizers
 from benchmarks.ours import (
     UNACCELERATED,
@@ -48,11 +49,14 @@ OURS: dict[str, dict[str, bool]] = {
 """Each way of ours, and what is switched on in it. All have the fused optimiser that the loop always has, except
 ``plain``, which has PyTorch's default as the field has."""
 
+SHARES = "shares of "
+WITH_KEPT_PAGES = (PLAIN, "channels_last", "both")
+"""Ways of ours that are measured with kept pages as well; so is the field's without workers."""
+
 
 def main() -> None:
     """Measure, print a table for each network and write the numbers to a JSON file if one is named."""
     given = _arguments()
-    allow_compilations()
     data, peak = data_of(given.data_root), timing.matrix_peak()
     found: dict[str, dict[str, Any]] = {}
     for model in given.models:
@@ -80,22 +84,38 @@ def measure(
         calls: steps of each way in a round.
         peak: the machine's operations per second.
     """
-    ways = {f"field, {workers} workers": _field_steps(data, model, batch_size, workers) for workers in WORKERS}
-    ways |= _our_steps(data, model, batch_size)
-    seconds = timing.alternate({way: partial(_repeat, step, calls) for way, step in ways.items()}, rounds=rounds)
-    field = min(list(ways)[: len(WORKERS)], key=lambda way: statistics.median(seconds[way]))
-    arithmetic = operations(build_network(model, num_classes=data.num_classes), batch_size)
-    found: dict[str, dict[str, Any]] = {}
-    for way, step in ways.items():
-        step_seconds = statistics.median(seconds[way]) / calls
-        found[way] = {
-            "milliseconds": 1000 * step_seconds,
-            "images_per_second": batch_size / step_seconds,
-            "times_as_fast_as_field": timing.ratio(seconds, field, way),
-            "share_of_peak": arithmetic / step_seconds / peak,
-            "shares": shares(step),
-        }
+    ways = _ways(data, model, batch_size, calls, WORKERS, tuple(OURS))
+    with Apart(_ways, data, model, batch_size, calls, WORKERS[:1], WITH_KEPT_PAGES) as beside:
+        ways |= {way + KEPT: call for way, call in beside.calls().items()}
+        steps_alone = {way: call for way, call in ways.items() if not way.startswith(SHARES)}
+        seconds = timing.alternate(steps_alone, rounds=rounds)
+        field = min(map(_field_way, WORKERS), key=lambda way: statistics.median(seconds[way]))
+        arithmetic = operations(build_network(model, num_classes=data.num_classes), batch_size)
+        found: dict[str, dict[str, Any]] = {}
+        for way in steps_alone:
+            step_seconds = statistics.median(seconds[way]) / calls
+            found[way] = {
+                "milliseconds": 1000 * step_seconds,
+                "images_per_second": batch_size / step_seconds,
+                "times_as_fast_as_field": timing.ratio(seconds, field, way),
+                "share_of_peak": arithmetic / step_seconds / peak,
+                "shares": ways[SHARES + way](),
+            }
     return found
+
+
+def _ways(
+    data: DataSet, model: str, batch_size: int, calls: int, workers: Sequence[int], ours: Sequence[str]
+) -> dict[str, Callable[[], Any]]:
+    """Return functions that make some steps in each way, and functions that say where the time of a step goes."""
+    made = {_field_way(number): _field_steps(data, model, batch_size, number) for number in workers}
+    made |= _our_steps(data, model, batch_size, ours)
+    ways: dict[str, Callable[[], Any]] = {way: partial(_repeat, step, calls) for way, step in made.items()}
+    return ways | {SHARES + way: partial(shares, step) for way, step in made.items()}
+
+
+def _field_way(workers: int) -> str:
+    return f"field, {workers} workers"
 
 
 def _repeat(step: Callable[[], object], calls: int) -> None:
@@ -118,19 +138,20 @@ def _field_steps(data: DataSet, model: str, batch_size: int, workers: int) -> Ca
     return lambda: teacher.step(*next(source))
 
 
-def _our_steps(data: DataSet, model: str, batch_size: int) -> dict[str, Callable[[], object]]:
+def _our_steps(data: DataSet, model: str, batch_size: int, ways: Sequence[str]) -> dict[str, Callable[[], object]]:
+    allow_compilations()
     study = study_of(
         data,
         teachers={
             way: {
                 "model": model, "method": "soteacher",
                 "training": {**UNACCELERATED, **options},
-            } for way, options in OURS.items()
+            } for way, options in OURS.items() if way in ways
         },
         students={"alone": {"model": model, "method": "alone"}},
         training={"batch_size": batch_size},
     )  # fmt: skip
-    trainees = {way: trainee_of(study, "teacher", way, assembled(study, "teacher", way)) for way in OURS}
+    trainees = {way: trainee_of(study, "teacher", way, assembled(study, "teacher", way)) for way in ways}
     trainees[PLAIN] = _with_default_optimizer(trainees[PLAIN])
     return {way: steps(trainee, labelled(batches(study))) for way, trainee in trainees.items()}
 

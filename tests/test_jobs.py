@@ -35,6 +35,17 @@ def test_jobs_come_after_what_they_need(tiny_tree: Callable[..., dict[str, Any]]
     assert [job.role for job in jobs] == ["teacher"] * 7 + ["student"] * 10
 
 
+def test_students_that_share_kept_answers_are_not_side_by_side(tiny_tree: Callable[..., dict[str, Any]]) -> None:
+    plain, cached = (
+        [job for job in jobs_of(read_study(tiny_tree(seeds=[4, 2], **over))) if job.role == "student"]
+        for over in ({}, {"teacher_cache": {}})
+    )
+    assert set(plain) == set(cached)
+    assert [job.seed for job in plain] == [4] * (len(plain) // 2) + [2] * (len(plain) // 2)
+    assert [job.seed for job in cached] == [4, 2] * (len(plain) // 2)
+    assert [job.arm for job in cached[::2]] == [job.arm for job in plain[: len(plain) // 2]]
+
+
 def test_finished_is_decided_by_the_file_that_is_written_last(study: Study) -> None:
     job = Job("teacher", "standard", 0)
     folder = study.folder_of(job)

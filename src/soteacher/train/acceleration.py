@@ -145,11 +145,14 @@ def _keep_compiled_code() -> None:
 def _compiling(*, frozen: bool) -> Generator[None, None, None]:
     """Set the compiler up for a moment."""
     import torch._dynamo.config as tracing
+    import torch._functorch.config as differentiating
     import torch._inductor.config as generating
 
     with ExitStack() as changes:
         # A process may train many networks, and all enter by the same function: past the limit PyTorch goes on slowly.
         changes.enter_context(tracing.patch(recompile_limit=2**16, accumulated_recompile_limit=2**16))
+        # The way back is made at once as well, or a failure would come up in the middle of a step.
+        changes.enter_context(differentiating.patch(force_non_lazy_backward_lowering=True))
         # Read while the code is made, not when it runs. Dropout is to draw what it draws in a network not compiled.
         # Weights in oneDNN's own order cannot be kept with the code, which every process would make anew; nor are they
         # any faster.
