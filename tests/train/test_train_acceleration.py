@@ -33,7 +33,7 @@ WITHOUT = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
 
 def chosen(network: nn.Module, *, num_examples: int = 640, device: str = "cpu", **settings: Any) -> Acceleration:
     """Return what is chosen for ten batches an epoch."""
-    config = TrainingConfig.model_validate({"epochs": 1000, "batch_size": 64} | settings)
+    config = TrainingConfig.model_validate({"epochs": 5000, "batch_size": 64} | settings)
     return choose_acceleration(config, network, num_examples=num_examples, device=device)
 
 
@@ -50,10 +50,10 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         (GROUPED, {}, False, False),
         (WITHOUT, {}, False, False),
         (PLAIN, {"precision": "bf16-mixed"}, True, True),
-        (PLAIN, {"epochs": 999}, True, False),  # 9990 steps
-        (PLAIN, {"epochs": 999, "num_examples": 641}, True, True),  # 11 steps an epoch: a smaller batch is a step
-        (PLAIN, {"epochs": 2000, "stop_after": 0.4}, True, False),  # 8000 steps are made
-        (PLAIN, {"epochs": 2000, "stop_after": 0.5}, True, True),
+        (PLAIN, {"epochs": 4999}, True, False),  # 49,990 steps
+        (PLAIN, {"epochs": 4999, "num_examples": 641}, True, True),  # 11 steps an epoch: a smaller batch is a step
+        (PLAIN, {"epochs": 10_000, "stop_after": 0.4}, True, False),  # 40,000 steps are made
+        (PLAIN, {"epochs": 10_000, "stop_after": 0.5}, True, True),
         (PLAIN, {"optimizer": {"momentum_difference": 0.05}}, True, False),
         (PLAIN, {"optimizer": {"name": "adamw"}}, True, True),
         (PLAIN, {"channels_last": False, "compile": False}, False, False),
@@ -63,7 +63,7 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         (PLAIN, {"device": "cuda", "precision": "bf16-mixed"}, True, True),
         (GROUPED, {"device": "cuda", "precision": "bf16-mixed"}, True, True),
         (WITHOUT, {"device": "cuda", "precision": "bf16-mixed"}, False, True),
-        (PLAIN, {"device": "cuda", "epochs": 999}, False, False),
+        (PLAIN, {"device": "cuda", "epochs": 4999}, False, False),
         (PLAIN, {"device": "cuda", "channels_last": True, "compile": False}, True, False),
     ],
 )  # fmt: skip

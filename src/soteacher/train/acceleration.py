@@ -21,8 +21,8 @@ from torch.nn.modules.conv import _ConvNd  # pyright: ignore[reportPrivateUsage]
 from soteacher.errors import InputError
 from soteacher.train.config import SGDConfig, TrainingConfig
 
-STEPS_WORTH_COMPILING = 10_000
-"""Compiling a network takes as long as some 2,500 steps save, at most; four times that leaves a gain for certain."""
+STEPS_WORTH_COMPILING = 50_000
+"""Compiling for the first time takes as long as some 1,000 to 13,000 steps save, by ``benchmarks/start.py``."""
 COMPILED_CODE = "~/.cache/soteacher/compiled"
 """Where compiled code stays for the next run, unless ``TORCHINDUCTOR_CACHE_DIR`` says otherwise."""
 
@@ -44,7 +44,7 @@ def choose_acceleration(config: TrainingConfig, network: nn.Module, *, num_examp
 
     * ``channels_last``: networks with convolutions, none of them grouped; those of ShuffleNets and MobileNets are
       slower that way on a CPU. On a GPU only in ``bf16-mixed``, for whose arithmetic units that layout is made.
-    * ``compile``: where a C++ compiler is there, the training has at least 10,000 steps and the optimiser wants one
+    * ``compile``: where a C++ compiler is there, the training has at least 50,000 steps and the optimiser wants one
       gradient; on a CPU only networks with convolutions, none of them grouped, which take minutes to compile.
 
     Args:

@@ -158,7 +158,7 @@ class TrainingConfig(Settings):
     """Whether images and weights lie in memory with the channels last; ``auto``: for networks with convolutions, none
     of them grouped (on a GPU: in ``bf16-mixed``)."""
     compile: bool | Literal["auto"] = "auto"
-    """Whether the networks go through ``torch.compile``; ``auto``: in trainings of 10,000 steps and more where a C++
+    """Whether the networks go through ``torch.compile``; ``auto``: in trainings of 50,000 steps and more where a C++
     compiler is there, but no grouped convolutions on a CPU."""
     preparation_epochs: Point = 30 / 240
     """Length of the stage before the training, for methods that have one: a share of ``epochs`` (below 1), or epochs.
