@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from itertools import count
+from pathlib import Path
 
 import torch
 from benchmarks.apart import Apart
@@ -23,4 +24,4 @@ def test_functions_run_in_one_other_process() -> None:
         assert calls["threads"]() == torch.get_num_threads()
         held = os.dup(process._ours.fileno())  # as a loader's processes hold what was open when they began
     os.close(held)
-    assert not os.path.exists(f"/proc/{other}/stat")
+    assert not Path(f"/proc/{other}/stat").exists()
