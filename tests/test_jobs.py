@@ -8,7 +8,7 @@ import torch
 from soteacher.config import FileTeacher
 from soteacher.data import load_data
 from soteacher.errors import InputError
-from soteacher.jobs import Job, Study, find_network, jobs_of, load_teacher_file, new_classifier
+from soteacher.jobs import Job, Study, find_network, in_turn, jobs_of, load_teacher_file, new_classifier
 from soteacher.models.weights import save_classifier
 from soteacher.models.zoo import build_network
 from soteacher.recipes import read_study
@@ -36,14 +36,15 @@ def test_jobs_come_after_what_they_need(tiny_tree: Callable[..., dict[str, Any]]
 
 
 def test_students_that_share_kept_answers_are_not_side_by_side(tiny_tree: Callable[..., dict[str, Any]]) -> None:
-    plain, cached = (
-        [job for job in jobs_of(read_study(tiny_tree(seeds=[4, 2], **over))) if job.role == "student"]
-        for over in ({}, {"teacher_cache": {}})
-    )
-    assert set(plain) == set(cached)
-    assert [job.seed for job in plain] == [4] * (len(plain) // 2) + [2] * (len(plain) // 2)
-    assert [job.seed for job in cached] == [4, 2] * (len(plain) // 2)
-    assert [job.arm for job in cached[::2]] == [job.arm for job in plain[: len(plain) // 2]]
+    plain, cached = (read_study(tiny_tree(seeds=[4, 2], **over)) for over in ({}, {"teacher_cache": {}}))
+    jobs = jobs_of(plain)
+    assert list(in_turn(plain, jobs)) == list(jobs)
+    turns = list(in_turn(cached, jobs_of(cached)))
+    assert set(turns) == set(jobs)
+    assert [job.role for job in turns] == [job.role for job in jobs]
+    students = [job for job in turns if job.role == "student"]
+    assert [job.seed for job in students] == [4, 2] * (len(students) // 2)
+    assert [job.arm for job in students[::2]] == [job.arm for job in students[1::2]]
 
 
 def test_finished_is_decided_by_the_file_that_is_written_last(study: Study) -> None:

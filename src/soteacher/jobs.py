@@ -72,14 +72,22 @@ def jobs_of(config: StudyConfig) -> dict[Job, Job | None]:
         for name in config.teachers:
             needed = config.needed_by(name)
             jobs[teacher_job(config, name, seed)] = teacher_job(config, needed, seed) if needed else None
-    students = [(arm, seed) for seed in config.seeds for arm in config.arms()]
-    if config.teacher_cache is not None:
-        # Side by side, students of one seed would ask their teacher the same; those of several seeds leave answers.
-        students = [(arm, seed) for arm in config.arms() for seed in config.seeds]
-    for arm, seed in students:
-        jobs[Job("student", arm.name, seed)] = teacher_job(config, arm.teacher, seed) if arm.teacher else None
+    for seed in config.seeds:
+        for arm in config.arms():
+            jobs[Job("student", arm.name, seed)] = teacher_job(config, arm.teacher, seed) if arm.teacher else None
     # A teacher that needs another one comes after it, wherever it stands in the settings.
     return dict(sorted(jobs.items(), key=lambda item: (item[0].role == "student", _depth(jobs, item[0]))))
+
+
+def in_turn(config: StudyConfig, jobs: Mapping[Job, Job | None]) -> dict[Job, Job | None]:
+    """Return networks of a study in the order in which they are best trained.
+
+    Where answers are kept, students go arm by arm: side by side, those of one seed would ask their teacher the same.
+    """
+    if config.teacher_cache is None:
+        return dict(jobs)
+    arms = [arm.name for arm in config.arms()]
+    return dict(sorted(jobs.items(), key=lambda item: arms.index(item[0].arm) if item[0].role == "student" else -1))
 
 
 def _depth(jobs: Mapping[Job, Job | None], job: Job) -> int:

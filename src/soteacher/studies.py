@@ -32,6 +32,7 @@ from soteacher.jobs import (
     NetworkFactory,
     OnEvent,
     Study,
+    in_turn,
     jobs_of,
     new_classifier,
     spec_of,
@@ -110,7 +111,7 @@ def run_study(
                 _predict_out_of_fold(study, config.folds, plan["threads"], on_event=report, should_stop=should_stop)
             given = {job: None for job in waiting if isinstance(spec_of(config, job), FileTeacher)}
             _run_here(study, given, threads=plan["threads"], on_event=report, should_stop=should_stop)
-            waiting = {job: needed for job, needed in waiting.items() if job not in given}
+            waiting = in_turn(config, {job: needed for job, needed in waiting.items() if job not in given})
             if plan["workers"] == 1 or len(waiting) == 1:
                 _run_here(study, waiting, threads=plan["threads"], on_event=report, should_stop=should_stop)
             elif waiting:
